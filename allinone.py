@@ -9,8 +9,13 @@ Axes, the same letters in every file:
     B clips · T frames · L text tokens · N visual tokens per frame, CLS included · S = L + N · D width · H heads
     K = D // H · R image side · P patch side · A answers or options · V vocabulary
 """
+import argparse
 import math
-from dataclasses import dataclass, replace
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -44,6 +49,7 @@ class Config:
     roll_unimodal: bool = False     # roll in video-only runs too (not released)
     dropout: float = 0.1            # after embeddings, attention output and both MLP layers
     drop_path: float = 0.1          # of the last block; rises linearly from 0 at the first
+    std: float = 0.02               # of the matrices at the start; narrow models learn faster from 1 / sqrt(D)
 
     def __post_init__(self):
         for big, small in (("width", "heads"), ("image", "patch")):
@@ -57,7 +63,7 @@ class Config:
 
 
 SIZES = {
-    "toy": Config(width=96, layers=4, heads=4, image=32, patch=8, dropout=0.0, drop_path=0.0),
+    "toy": Config(width=96, layers=4, heads=4, image=32, patch=8, dropout=0.0, drop_path=0.0, std=0.1),
     "tiny": Config(width=192, heads=3),                     # 11.43 M parameters without the MLM head
     "small": Config(width=384, heads=6),                    # 33.55 M
     "base": Config(),                                       # 109.87 M
@@ -124,7 +130,7 @@ class Output(NamedTuple):
     video: Tensor                   # (B, N, D), mean over the frames, CLS at slot 0
 
 
-HEADS = ("matching", "mlm", "answer", "choice", "rank", "contrast")
+HEADS = ("matching", "mlm", "answer", "choice", "rank", "contrast", "probe")
 
 
 class AllInOne(nn.Module):
@@ -150,15 +156,16 @@ class AllInOne(nn.Module):
             for i in range(config.layers))
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.pool = nn.Linear(D, D)
-        build = {
+        build = {                                           # at the default dropout: 0.5 before answers, 0.1 before choices
             "matching": lambda: nn.Linear(D, 2),            # column 1: the text belongs to the clip
             "mlm": lambda: nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12), nn.Linear(D, V)),
-            "answer": lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(D, D // 2), nn.LayerNorm(D // 2), nn.GELU(),
+            "answer": lambda: nn.Sequential(nn.Dropout(5 * config.dropout), nn.Linear(D, D // 2), nn.LayerNorm(D // 2), nn.GELU(),
                                             nn.Linear(D // 2, config.answers)),
-            "choice": lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(D, 256), nn.LayerNorm(256), nn.GELU(),
+            "choice": lambda: nn.Sequential(nn.Dropout(config.dropout), nn.Linear(D, 256), nn.LayerNorm(256), nn.GELU(),
                                             nn.Linear(256, 1)),
             "rank": lambda: nn.Linear(D, 1),                # zero-shot multiple choice: starts as row 1 of matching
             "contrast": lambda: nn.ModuleDict({"text": nn.Linear(D, config.embed), "video": nn.Linear(D, config.embed)}),
+            "probe": lambda: nn.Linear(D, config.answers),  # actions, on a frozen backbone
         }
         self.heads = nn.ModuleDict({name: build[name]() for name in HEADS if name in heads})
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])        # ImageNet's
@@ -168,13 +175,14 @@ class AllInOne(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal with std 0.02 for every table and matrix, zero biases, LayerNorm 1 and 0, time zero: the released
+        """Normal: std 0.02 for the tables, config.std for the matrices; biases 0, LayerNorm 1 and 0, time 0: the released
         start. Differs: its patch convolution keeps PyTorch's default (std 0.0208 at base size)."""
+        matrices = {m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
         for name, p in self.named_parameters():
             if name == "time" or name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1 or name == "cls":
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=self.config.std if p in matrices else 0.02)
         if "rank" in self.heads and "matching" in self.heads:
             self.rank_from_matching()
 
@@ -276,3 +284,254 @@ def resize_positions(position, rows, cols):
     grid = position[1:].view(1, g, g, -1).permute(0, 3, 1, 2)                               # (1, D, g, g)
     grid = F.interpolate(grid, (rows, cols), mode="bicubic", align_corners=False)
     return torch.cat([position[:1], grid[0].flatten(1).T])
+
+
+# ---- weight import --------------------------------------------------------------------------------------------------
+
+class Source(NamedTuple):
+    sign: str                       # the name of a tensor that gives it away
+    rows: list                      # (how names begin, our name for that) or (how names begin, None, why left out)
+    new: tuple = ()                 # what such a file cannot hold, besides heads
+    note: str = ""                  # what differs even where every tensor loads
+
+
+def under(prefix, *rows):
+    return [(prefix + begins, *rest) for begins, *rest in rows]
+
+
+TEXT = [(r"word_embeddings\.", "word."), (r"position_embeddings\.weight$", "word_position"),
+        (r"token_type_embeddings\.weight$", "segment"), (r"LayerNorm\.", "word_norm."),
+        (r"position_ids$", None, "a constant")]
+VIT = [(r"cls_token$", "cls"), (r"pos_embed$", "position"), (r"patch_embed\.proj\.", "patch."), (r"norm\.", "norm."),
+       (r"blocks\.(\d+)\.(?:attn\.|mlp\.)?(norm1|qkv|proj|norm2|fc1|fc2)\.", r"blocks.\1.\2."),
+       (r"dist_token$", None, "no distillation token here, nor its position"),
+       (r"(head|head_dist|pre_logits|fc_norm)\.", None, "of an image classifier")]
+MLM = [(r"transform\.dense\.", "heads.mlm.0."), (r"transform\.LayerNorm\.", "heads.mlm.2."),
+       (r"decoder\.", "heads.mlm.3."), (r"bias$", "heads.mlm.3.bias")]
+VILT = r"(?:vilt\.)?"
+SOURCES = {                         # the first row that fits a name decides; /i marks part i of a fused tensor
+    "ours": Source(r"blocks\.0\.qkv\.weight$", [("", "")]),
+    "all-in-one": Source(r"transformer\.blocks\.0\.attn\.qkv\.weight$", [
+        *under(r"text_embeddings\.", *TEXT), *under(r"transformer\.", *VIT), *under(r"mlm_score\.", *MLM),
+        (r"transformer\.temporal_embed$", "time"), (r"token_type_embeddings\.weight$", "modality"),
+        (r"pooler\.dense\.", "pool."), (r"itm_score\.fc\.", "heads.matching."), (r"rank_output\.", "heads.rank."),
+        (r"vqa_classifier\.", "heads.answer."), (r"mc_vqa_classifier\.", "heads.choice."),
+        (r"txt_proj\.", "heads.contrast.text."), (r"vid_proj\.", "heads.contrast.video.")]),
+    "vit": Source(r"blocks\.0\.attn\.qkv\.weight$", VIT,
+                  new=("word", "word_position", "segment", "word_norm", "modality", "time", "pool")),
+    "vilt": Source(VILT + r"encoder\.layer\.0\.attention\.attention\.query\.weight$", [     # Hugging Face's names
+        *under(VILT + r"embeddings\.text_embeddings\.", *TEXT),
+        *under(VILT + r"embeddings\.",
+               (r"token_type_embeddings\.weight$", "modality"), (r"cls_token$", "cls"),
+               (r"position_embeddings$", "position"), (r"patch_embeddings\.projection\.", "patch.")),
+        *under(VILT + r"encoder\.layer\.(\d+)\.",
+               (r"layernorm_before\.", r"blocks.\1.norm1."), (r"layernorm_after\.", r"blocks.\1.norm2."),
+               (r"attention\.attention\.query\.(weight|bias)$", r"blocks.\1.qkv.\2/0"),
+               (r"attention\.attention\.key\.(weight|bias)$", r"blocks.\1.qkv.\2/1"),
+               (r"attention\.attention\.value\.(weight|bias)$", r"blocks.\1.qkv.\2/2"),
+               (r"attention\.output\.dense\.", r"blocks.\1.proj."),
+               (r"intermediate\.dense\.", r"blocks.\1.fc1."), (r"output\.dense\.", r"blocks.\1.fc2.")),
+        *under(VILT, (r"layernorm\.", "norm."), (r"pooler\.dense\.", "pool.")), *under(r"mlm_score\.", *MLM),
+        (r"rank_output\.", "heads.rank."), (r"classifier\.", None, "a head of another shape")],
+        new=("time",), note="ViLT was trained with LayerNorm eps 1e-12 in blocks (here 1e-6) and pixels in -1..1"),
+}
+# Classes that Lightning and DeiT files name beside the tensors. A plain dict stands in, so none of their code runs.
+HARMLESS = [argparse.Namespace, (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+            (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
+
+def read_weights(path):
+    """Open a checkpoint, told apart by its tensor names, and execute nothing in it.
+
+    ->  (source, tensors, meta): a key of SOURCES; {the file's name: tensor}; and what else our own files hold (config,
+        heads, answers, task, ...; of other files {})
+    Raises UserError: no file, cut short, not a checkpoint, another architecture, or more in it than plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give a .pt, .pth, .bin, .ckpt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            data = load_file(path)
+        else:                       # mapped, not read: two thirds of our own files are the optimiser's
+            with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(HARMLESS):
+                data = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except ImportError:
+        raise UserError(f"{path} needs one more package: pip install safetensors") from None
+    except Exception as error:      # a broken file can break the reader in any way
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path} names {foreign[1]}, which only executing its pickle could load; that is never "
+                            "done: ask its author for the state dict alone, best as .safetensors") from None
+        raise UserError(f"{path} is cut short or not a checkpoint ({type(error).__name__}); fetch or copy it again, or "
+                        "save the state dict alone with torch.save") from None
+    data = data if isinstance(data, dict) else {}
+    inside = next((key for key in ("state_dict", "model") if isinstance(data.get(key), dict)), None)
+    tensors = data[inside] if inside else data
+    if not tensors or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()):
+        raise UserError(f"{path} holds no state dict, bare or under state_dict or model; save one with torch.save")
+    source = next((s for s in SOURCES if any(re.match(SOURCES[s].sign, name) for name in tensors)), None)
+    if source is None:
+        raise UserError(f"{path} is another architecture ({', '.join(list(tensors)[:3])}, ...); "
+                        f"what loads: {', '.join(SOURCES)}")
+    return source, tensors, {k: v for k, v in data.items() if k != inside} if source == "ours" and inside else {}
+
+
+def rename(path, source, tensors):
+    """The file's tensors as this model calls and shapes them: named {our name: tensor}, origin {our name: the file's
+    names}, dropped {the file's name: why}."""
+    parts, origin, dropped, unknown = {}, {}, {}, []
+    for name, tensor in tensors.items():
+        row = next((row for row in SOURCES[source].rows if re.match(row[0], name)), None)
+        if row is None:
+            unknown.append(name)
+        elif row[1] is None:
+            dropped[name] = row[2]
+        else:
+            new, _, part = re.sub("^" + row[0], row[1], name).partition("/")
+            twin = parts.setdefault(new, {}).setdefault(part, tensor)
+            if twin is not tensor and not torch.equal(twin, tensor):
+                raise UserError(f"{path} has two different tensors for {new}: {', '.join(origin[new])} and {name}")
+            origin.setdefault(new, []).append(name)
+    if unknown:
+        raise UserError(f"{path} looks like {source}, but is another architecture: {len(unknown)} unknown tensors, "
+                        f"{', '.join(unknown[:3])}")
+    named = {new: torch.cat([many[i] for i in sorted(many)]) if len(many) > 1 else many[min(many)]
+             for new, many in parts.items()}
+    if any(name.endswith("dist_token") for name in dropped) and "position" in named:
+        named["position"] = named["position"].flatten(0, -2)[[0, *range(2, named["position"].shape[-2])]]
+    for new in {"cls", "position", "time"} & set(named):    # elsewhere these have axes of length 1 in front
+        named[new] = named[new].flatten() if new == "cls" else named[new].flatten(0, -2)
+    return named, origin, dropped
+
+
+def read_shapes(path, named):
+    """The fields of Config that shapes show. The number of heads does not: a named size's, else D // 64."""
+    if lost := {"patch.weight", "position", "blocks.0.norm1.weight"} - set(named):
+        raise UserError(f"{path} lacks {', '.join(sorted(lost))}")
+    if named["patch.weight"].dim() != 4:
+        raise UserError(f"{path} has patch weights of shape {tuple(named['patch.weight'].shape)}, not (D, 3, P, P)")
+    D, patch, patches = *named["patch.weight"].shape[::3], len(named["position"]) - 1
+    if math.isqrt(patches) ** 2 != patches:
+        raise UserError(f"{path} has positions for CLS and {patches} patches; only a square of patches can be loaded")
+    fields = {"width": D, "patch": patch, "image": math.isqrt(patches) * patch,
+              "layers": len({name.split(".")[1] for name in named if name.startswith("blocks.")}),
+              "heads": next((size.heads for size in SIZES.values() if size.width == D), max(1, D // 64))}
+    for field, name in (("frames", "time"), ("words", "word_position"), ("vocab", "word.weight"),
+                        ("answers", "heads.answer.4.bias"), ("answers", "heads.probe.bias"),
+                        ("embed", "heads.contrast.text.bias")):
+        if name in named:
+            fields[field] = len(named[name])
+    return fields
+
+
+def read_config(path, **changes):
+    """The Config of a checkpoint: its own, or what its shapes show and Config's defaults; then `changes` on top
+    (frames, words, image, roll, ...). Raises UserError as read_weights does."""
+    source, tensors, meta = read_weights(path)
+    fields = meta.get("config") or read_shapes(path, rename(path, source, tensors)[0])
+    if foreign := set(fields) - set(Config.__dataclass_fields__):
+        raise UserError(f"{path} has config fields {sorted(foreign)} of another version; update this code to load it")
+    return Config(**{**fields, **changes})
+
+
+def load_weights(model, path, answers=None):
+    """Fill a fresh model from a checkpoint of any of SOURCES and say exactly what was used.
+
+    model    an AllInOne with the file's width, layers, patch and vocabulary, best built from read_config(path). Another
+             grid: positions are resized (bicubic). More frames: zero time embeddings; more words: new positions; fewer
+             of either: the last are left out
+    answers  this run's closed answer list. The answer head is loaded where its list is the same: our own files hold
+             theirs, of others the length must do. Elsewhere the head stays new
+    ->       "loaded 199/203 tensors; new: ...; dropped: ...; resized: ...; note: ...", counting the model's tensors
+    Raises UserError: what read_weights refuses; sizes that differ, naming both; tensors that lack or have no place.
+    Differs: rank starts from row 1 of matching wherever the file has only that; released, only where the run has a
+    matching head too. ViLT resizes positions bilinearly, and was trained as its note says.
+    """
+    source, tensors, meta = read_weights(path)
+    named, origin, dropped = rename(path, source, tensors)
+    config, own, resized, notes = model.config, model.state_dict(), [], [SOURCES[source].note]
+    theirs = {**read_shapes(path, named), "heads": meta.get("config", {}).get("heads", config.heads)}
+    for field in ("width", "layers", "heads", "patch", "vocab"):
+        if theirs.get(field, getattr(config, field)) != getattr(config, field):
+            mend = "choose its own with --tokenizer" if field == "vocab" else "leave out --size to take the file's"
+            raise UserError(f"{path} has {field} {theirs[field]}, this model {getattr(config, field)}; {mend}")
+
+    for new, old in (("heads.rank.weight", "heads.matching.weight"), ("heads.rank.bias", "heads.matching.bias")):
+        if new in own and new not in named and old in named:
+            named[new] = named[old][1:]
+            notes.append("rank is row 1 of matching" if new.endswith("weight") else "")
+    tied = "heads.mlm.3.weight"                             # in ViLT, where a file may hold it once
+    if source == "vilt" and "mlm" in model.heads and "heads.mlm.0.weight" in named and tied not in named:
+        named[tied] = named["word.weight"]
+        notes.append("the MLM decoder starts as the word embeddings")
+    why = {head: f"no {head} head in this run" for head in HEADS if head not in model.heads}
+    for head in {"answer", "probe"} & set(model.heads) & {group(name) for name in named}:
+        if answers is None or len(answers) != theirs["answers"]:
+            why[head] = f"for {theirs['answers']} answers, this run gives {len(answers or [])}"
+        elif source != "ours":
+            notes.append("answers are taken to be in the file's order")
+        elif list(answers) != meta.get("answers"):
+            why[head] = "for other answers"
+    for name in [name for name in named if group(name) in why]:
+        dropped.update(dict.fromkeys(origin[name], why[group(name)]))
+        del named[name]
+    if unknown := set(named) - set(own):
+        raise UserError(f"{path} has tensors without a place here: {listing(dict.fromkeys(sorted(unknown), ''))}")
+
+    for name, tensor in named.items():
+        want = own[name]
+        if name == "position" and len(tensor) != len(want):
+            resized.append("position {0}x{0} -> {1}x{1}".format(math.isqrt(len(tensor) - 1), config.grid))
+            tensor = resize_positions(tensor.to(want.dtype), config.grid, config.grid)
+        elif name in ("time", "word_position", "modality") and len(tensor) != len(want):
+            resized.append(f"{name} {len(tensor)} -> {len(want)}")
+            more = torch.zeros_like(want) if name == "time" else want
+            tensor = torch.cat([tensor.to(want), more[len(tensor):]])[:len(want)]
+        if tensor.shape != want.shape:
+            raise UserError(f"{path} has {name} of shape {tuple(tensor.shape)}, this model {tuple(want.shape)}")
+        named[name] = tensor
+    new = {name: "" for name in own if name not in named}
+    loaded, may_lack = {group(name) for name in named}, {*HEADS, *SOURCES[source].new}
+    if lost := {name: "" for name in new if group(name) in loaded or group(name) not in may_lack}:
+        raise UserError(f"{path} lacks {listing(lost)}")
+    model.load_state_dict({**own, **named})
+    told = {"new": listing(new), "dropped": listing(dropped), "resized": ", ".join(resized),
+            "note": ", ".join(filter(None, notes))}
+    return "; ".join([f"loaded {len(named)}/{len(own)} tensors", *(f"{key}: {told[key]}" for key in told if told[key])])
+
+
+def group(name):
+    return name.removeprefix("heads.").split(".")[0]
+
+
+def listing(names):
+    """{name: why, or ""} -> "answer.* (6), head.* (2: of an image classifier), time"."""
+    groups = {}
+    for name, why in names.items():
+        groups.setdefault((group(name), why), []).append(name)
+    return ", ".join(f"{top}.* ({len(many)}{why and ': ' + why})" if len(many) > 1 else many[0] + (why and f" ({why})")
+                     for (top, why), many in groups.items())
+
+
+# ---- python allinone.py ---------------------------------------------------------------------------------------------
+
+def main():
+    import time
+    print(f"{'size':6s} {'D':>4s} {'layers':>6s} {'H':>3s} {'R':>4s} {'P':>3s} {'parameters':>11s} {'GMAC':>7s} {'forward':>10s}")
+    for name, config in SIZES.items():
+        model = AllInOne(config, ("matching",)).eval()
+        frames = torch.zeros(1, config.frames, 3, config.image, config.image, dtype=torch.uint8)
+        words, times = torch.zeros(1, config.words, dtype=torch.long), []
+        with torch.inference_mode():
+            for _ in range(4):                              # the first warms up and is not counted
+                start = time.perf_counter()
+                model(frames, words)
+                times.append(time.perf_counter() - start)
+        print(f"{name:6s} {config.width:4d} {config.layers:6d} {config.heads:3d} {config.image:4d} {config.patch:3d} "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:9.2f} M {gmacs(config):7.2f} {min(times[1:]) * 1e3:7.1f} ms")
+    print(f"one clip of 3 frames with 40 words, float32, {torch.get_num_threads()} CPU threads; no MLM head")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Evaluation: every benchmark by its own protocol, and questions about your own video.
+
+    python eval.py runs/msrvtt-qa/best.pt                                        the test figure of a training run
+    python eval.py runs/msrvtt-qa/best.pt --video clip.mp4 --ask "what shape is it?"
+    python eval.py --list                                                        the benchmarks
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from allinone import AllInOne, Config, UserError, read_weights
+from data import (BENCHMARKS, Clips, MissingMedia, Mixed, Recipe, Words, collate, find_media, frame_indices, load_split,
+                  loader, read_frames)
+
+# ---- metrics: pure functions ----------------------------------------------------------------------------------------
+
+def ranks(scores, target):
+    """1-based rank of column target[i] in row i of scores (Q, C), higher is better. Ties are averaged: a constant score
+    gives the rank of chance, (C + 1) / 2, not a perfect one."""
+    own = scores[np.arange(len(scores)), target][:, None]
+    return 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+
+
+def recall_metrics(rank):
+    """Ranks (Q,) -> R@1, R@5, R@10 (shares of 1), median and mean rank."""
+    return {**{f"R@{k}": float((rank <= k).mean()) for k in (1, 5, 10)},
+            "MedR": float(np.median(rank)), "MeanR": float(rank.mean())}
+
+
+def accuracy(records):
+    """Share of records that are right; what cannot be answered (out of the list, missing clip) counts as wrong."""
+    return sum(r["correct"] for r in records) / max(1, len(records))
+
+
+def released_accuracy(records):
+    """The released code's figure for open-ended questions: answers outside the list are left out of the count."""
+    return accuracy([r for r in records if r["known"]])
+
+
+def joint_accuracy(records):
+    """VCR's Q->AR: answer and rationale of the same question both right."""
+    both = defaultdict(list)
+    for r in records:
+        both[r["id"].rsplit("/", 1)[0]].append(r["correct"])
+    return sum(len(rows) == 2 and all(rows) for rows in both.values()) / max(1, len(both))
+
+
+# ---- the model on one batch -----------------------------------------------------------------------------------------
+
+def scores(model, task, batch):
+    """Answer scores of a batch: (B, A) over the answer list (vqa, action) or over the options (choice, vcr).
+    Frames are embedded once for all options. A model without a choice head scores zero-shot by matching."""
+    frames, words, keep = batch["frames"], batch["words"], batch["keep"]
+    if frames.dim() == 6:                                   # (B, views, T, ...): the mean score of the views
+        views = [scores(model, task, {**batch, "frames": frames[:, v]}) for v in range(frames.shape[1])]
+        return torch.stack(views).mean(0)
+    video = model.embed_frames(frames)
+    if task in ("choice", "vcr"):
+        B, A, L = words.shape
+        pooled = model.fuse(video.repeat_interleave(A, 0), words.flatten(0, 1), keep.flatten(0, 1)).pooled
+        head = next(name for name in ("choice", "rank", "matching") if name in model.heads)
+        return model.heads[head](pooled)[:, -1].view(B, A)
+    return model.heads["probe" if task == "action" else "answer"](model.fuse(video, words, keep).pooled)
+
+
+def embeddings(model, batch):
+    """Unit vectors of a batch's texts and clips, (B, E) each; views of a clip are averaged."""
+    frames = batch["frames"]
+    views = [model.encode_video(f) for f in (frames.unbind(1) if frames.dim() == 6 else [frames])]
+    video = torch.stack([F.normalize(v, dim=-1) for v in views]).mean(0)
+    return F.normalize(model.encode_text(batch["words"], batch["keep"]), dim=-1), F.normalize(video, dim=-1)
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+# ---- a whole split --------------------------------------------------------------------------------------------------
+
+def run_split(model, clips, step, batch=64, workers=0, amp=False):
+    """step(model, batch) -> {name: tensor (B, ...)} over every example, in fixed batches, each on one process.
+    -> (list by index of {name: row} or None where the clip cannot be read, {index: error})."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(model.parameters()).device
+    groups = clips.groups if isinstance(clips, Mixed) else [np.arange(len(clips))]
+    batches = [[(None, int(i)) for i in g[s:s + batch]] for g in groups for s in range(0, len(g), batch)][rank::world]
+    words = (clips.parts[0] if isinstance(clips, Mixed) else clips).recipe.words
+    training = model.training
+    model.eval()
+    rows, errors = {}, {}
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        for b in loader(clips, batches, workers, words.pad):
+            errors |= b["errors"]
+            if "frames" in b:
+                out = {k: v.float().cpu() for k, v in step(model, to_device(b, device)).items()}
+                for j, index in enumerate(b["index"].tolist()):
+                    rows[index] = {k: v[j] for k, v in out.items()}
+    model.train(training)
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, (rows, errors))
+        rows, errors = {k: v for p in parts for k, v in p[0].items()}, {k: v for p in parts for k, v in p[1].items()}
+    return [rows.get(i) for i in range(len(clips))], errors
+
+
+def evaluate(model, clips, allow_missing=False, **how):
+    """Evaluate one split. -> (metrics {name: value}, the first being the one that counts; records, one per example:
+    {"id", "kind", "prediction", "truth", "score", "correct", ...}).
+    Raises UserError for clips that cannot be read, unless allow_missing: they then count as wrong."""
+    task = (clips.parts[0] if isinstance(clips, Mixed) else clips).recipe.task
+    rows, errors = run_split(model, clips, STEPS[task], **how)
+    if errors and not allow_missing:
+        index, cause = min(errors.items())
+        raise UserError(f"{len(errors)} of {len(clips)} clips cannot be read, the first: {cause}; "
+                        "mend them, or pass --allow-missing to count them as wrong")
+    metrics, records = FINISH[task](model, clips, rows)
+    return {**metrics, **({"missing": len(errors)} if errors else {})}, records
+
+
+def answer_step(task):
+    return lambda model, batch: {"logits": scores(model, task, batch)}
+
+
+def finish_answers(model, clips, rows):
+    """Open-ended questions, actions, options: the best score against the truth."""
+    recipe, records = clips.recipe, []
+    names = list(recipe.answers)
+    for example, row in zip(clips.examples, rows):
+        labels = example.options or names
+        truth = labels[example.answer] if isinstance(example.answer, int) else example.answer
+        record = {"id": example.id, "kind": example.kind, "prediction": None, "truth": truth, "score": 0.0,
+                  "correct": False, "known": bool(example.options) or truth in recipe.answers, "options": len(example.options), "top": []}
+        if row is not None:
+            share, best = row["logits"].softmax(0).topk(min(5, len(labels)))
+            top = [(labels[i], round(p, 6)) for i, p in zip(best.tolist(), share.tolist())]
+            # options may repeat a text, so indices decide
+            right = best[0].item() == example.answer if isinstance(example.answer, int) else top[0][0] == truth
+            record.update(prediction=top[0][0], score=top[0][1], correct=right, top=top)
+        records.append(record)
+    metrics = {"accuracy": accuracy(records)}
+    if recipe.task == "vqa":
+        metrics["accuracy, released (unknown answers left out)"] = released_accuracy(records)
+    if recipe.task == "vcr":
+        for kind in ("Q->A", "QA->R"):
+            metrics[kind] = accuracy([r for r in records if r["kind"] == kind])
+        metrics = {"Q->AR": joint_accuracy(records), **metrics}
+    return metrics, records
+
+
+def retrieval_step(model, batch):
+    text, video = embeddings(model, batch)
+    return {"text": text, "video": video}
+
+
+def finish_retrieval(model, clips, rows):
+    """Texts against clips by cosine, both directions. A clip that several texts describe counts once as a clip."""
+    found = [i for i, row in enumerate(rows) if row is not None]
+    media = list(dict.fromkeys(clips.examples[i].media for i in found))
+    where = {m: j for j, m in enumerate(media)}
+    text = torch.stack([rows[i]["text"] for i in found])
+    video = torch.stack([rows[next(i for i in found if clips.examples[i].media == m)]["video"] for m in media]) \
+        if len(media) < len(found) else torch.stack([rows[i]["video"] for i in found])
+    target = np.array([where[clips.examples[i].media] for i in found])
+    sims = (text @ video.T).numpy()
+    rank = np.full(len(rows), float(len(media)))            # a missing clip ranks last
+    rank[found] = ranks(sims, target)
+    back = np.full(len(media), math.inf)                    # video to text: the best of its own texts
+    for i, (t, column) in enumerate(zip(target, ranks(sims.T[target], np.arange(len(found))))):
+        back[t] = min(back[t], column)
+    metrics = {**{f"text to video {k}": v for k, v in recall_metrics(rank).items()},
+               **{f"video to text {k}": v for k, v in recall_metrics(back).items()}}
+    order, records = np.argsort(-sims, 1)[:, :5], []
+    line = {i: n for n, i in enumerate(found)}
+    for i, example in enumerate(clips.examples):
+        top = [(media[j], round(float(sims[line[i], j]), 6)) for j in order[line[i]]] if i in line else []
+        records.append({"id": example.id, "kind": example.kind, "prediction": top[0][0] if top else None,
+                        "truth": example.media, "score": float(rank[i]), "correct": bool(rank[i] <= 1), "rank": float(rank[i]), "top": top})
+    return metrics, records
+
+
+def pretrain_step(model, batch):
+    """Per example: is the match judged rightly; how many masked words are filled in rightly, of how many."""
+    video, words, keep = model.embed_frames(batch["frames"]), batch["words"], batch["keep"]
+    match = model.heads["matching"](model.fuse(video, words[:, 0], keep[:, 0]).pooled).argmax(-1) == batch["target"]
+    filled = model.heads["mlm"](model.fuse(video, words[:, 1], keep[:, 1]).text).argmax(-1)
+    masked = batch["labels"] >= 0
+    return {"match": match, "right": ((filled == batch["labels"]) & masked).sum(1), "masked": masked.sum(1)}
+
+
+def finish_pretrain(model, clips, rows):
+    rows = [row for row in rows if row is not None]
+    total = {k: sum(row[k].item() for row in rows) for k in ("match", "right", "masked")}
+    metrics = {"matching accuracy": total["match"] / max(1, len(rows)), "MLM accuracy": total["right"] / max(1, total["masked"])}
+    return {"matching + MLM accuracy": sum(metrics.values()) / 2, **metrics}, []
+
+
+STEPS = {"vqa": answer_step("vqa"), "action": answer_step("action"), "choice": answer_step("choice"), "vcr": answer_step("vcr"),
+         "retrieval": retrieval_step, "pretrain": pretrain_step}
+FINISH = {"vqa": finish_answers, "action": finish_answers, "choice": finish_answers, "vcr": finish_answers,
+          "retrieval": finish_retrieval, "pretrain": finish_pretrain}
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
+
+def survey(parts, roots, allow_missing=False):
+    """One line on a split: rows, clips listed, found and missing. Raises UserError where more than 1 % are missing."""
+    listed = {(root, e.media) for part, root in zip(parts, roots) for e in part}
+    missing = []
+    for root, media in sorted(listed):
+        try:
+            find_media(root, media)
+        except MissingMedia as error:
+            missing.append(str(error))
+    if len(missing) > 0.01 * len(listed) and not allow_missing:
+        raise UserError(f"{len(missing)} of {len(listed)} clips are missing, more than 1 %; the first: {missing[0]}; "
+                        "bring them, or pass --allow-missing to go on without them")
+    rows = [e for part in parts for e in part]
+    majority = Counter(e.answer for e in rows if isinstance(e.answer, str)).most_common(1)
+    return f"{len(rows)} rows, {len(listed)} clips listed, {len(listed) - len(missing)} found, {len(missing)} missing" \
+        + "".join(f"; majority answer {answer!r} {n / len(rows):.1%}" for answer, n in majority)
+
+
+def coverage(examples, answers):
+    """The share of examples whose answer is in the closed list: no model with that list can be right more often."""
+    answers = set(answers)
+    return sum(e.answer in answers for e in examples) / max(1, len(examples))
+
+
+def report(metrics, records, train, root, most=9):
+    """The lines that end a run: metrics, and for questions the accuracy by kind, beside the chance of guessing among the
+    training answers of that kind, the majority answer, and the ceiling of a model blind to the order of frames where
+    the data folder states it (order_blind.json, {kind: share})."""
+    lines = ["test: " + ", ".join(f"{k} {v:.2%}" if v <= 1 and k not in ("MedR", "MeanR") else f"{k} {v:g}"
+                                  for k, v in metrics.items())]
+    if not records or "rank" in records[0]:
+        return lines
+    path = Path(root) / "order_blind.json"
+    blind, rows, answers = json.loads(path.read_text()) if path.exists() else {}, defaultdict(list), defaultdict(Counter)
+    for e in train:
+        answers[e.kind][e.options[e.answer] if e.options else e.answer] += 1
+    for r in records:
+        rows[r["kind"]].append(r)
+    shown = sorted(sorted(rows, key=lambda kind: -len(rows[kind]))[:most])
+    lines.append(f"{'kind':16s} {'questions':>9s} {'accuracy':>9s} {'chance':>7s} {'majority':>9s} {'order-blind':>12s}")
+    for kind in [*shown, "all"]:
+        some = records if kind == "all" else rows[kind]
+        mean = lambda value: sum(map(value, some)) / len(some)
+        guess = mean(lambda r: 1 / (r["options"] or max(1, len(answers[r["kind"]]))))
+        major = mean(lambda r: 1 / r["options"] if r["options"] else
+                     bool(answers[r["kind"]]) and r["truth"] == answers[r["kind"]].most_common(1)[0][0])
+        ceiling = f"{mean(lambda r: blind.get(r['kind'], 1.0)):12.1%}" if blind else f"{'-':>12s}"
+        lines.append(f"{kind:16s} {len(some):9d} {accuracy(some):9.1%} {guess:7.1%} {major:9.1%} {ceiling}")
+    return lines
+
+
+def benchmark_table():
+    """The lines of --list."""
+    lines = [f"{'benchmark':16s} {'dataset':12s} {'task':10s} {'metric':22s} {'rows train / val / test':>25s} {'chance':>7s}  published"]
+    for name, b in BENCHMARKS.items():
+        rows = " / ".join("held out" if split not in b.splits and split == "val" else f"{b.rows[split]:,}" if b.rows.get(split) else "-"
+                          for split in ("train", "val", "test"))
+        lines.append(f"{name:16s} {b.dataset:12s} {b.task:10s} {b.metric:22s} {rows:>25s} "
+                     f"{f'{b.chance:.1%}' if b.chance else '-':>7s}  {b.paper or '-'}")
+    return lines
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def tokenizer_of(path):
+    """The tokenizer that one of our checkpoints carries, or None."""
+    return read_weights(path)[2].get("tokenizer") if path else None
+
+
+def load_model(path, device="cpu", **changes):
+    """A trained model out of a checkpoint -> (model, meta, words). It carries all that is needed: no flags."""
+    source, tensors, meta = read_weights(path)
+    if source != "ours" or "task" not in meta:
+        raise UserError(f"{path} is no checkpoint of train.py but {source}; fine-tune it first: train.py --task ... --init {path}")
+    model = AllInOne(replace(Config(**meta["config"]), **changes), meta["heads"])
+    model.load_state_dict(tensors)
+    return model.eval().to(device), meta, Words.from_json(meta["tokenizer"])
+
+
+# ---- your own video -------------------------------------------------------------------------------------------------
+
+def look(path, model):
+    """T frames of a clip as evaluation sees them -> (frames (1, T, 3, R, R), the seconds they were taken at)."""
+    seen = []
+
+    def pick(times):
+        indices = frame_indices(len(times), model.config.frames, "eval")
+        seen.extend(times[i] for i in indices)
+        return indices
+
+    return read_frames(path, pick, model.config.image)[None], seen
+
+
+@torch.inference_mode()
+def ask(model, meta, words, path, question, options=()):
+    """The lines that answer a question about a clip: the five best answers, or the options, with probabilities."""
+    frames, seconds = look(path, model)
+    task = "choice" if options else "vqa"
+    wanted = "choice, rank or matching" if options else "answer"
+    if not set(model.heads) & (set(wanted.replace(" or", ",").split(", ")) if options else {"answer"}):
+        raise UserError(f"this checkpoint was trained for {meta['task']} and has no {wanted} head; "
+                        f"train one: python train.py --task {task}")
+    if options:
+        texts = words.choices(question, options, "options" if question else "bare", model.config.words)
+    else:
+        texts = [words.sentence(question, model.config.words)]
+    device = next(model.parameters()).device
+    batch = collate([{"index": 0, "frames": frames[0], "words": texts, "target": 0}], words.pad)
+    share = scores(model, task, to_device(batch, device))[0].softmax(0).cpu()
+    names = options or meta["answers"]
+    best = share.topk(min(5, len(names)))
+    return [f"looked at {', '.join(f'{s:.2f}' for s in seconds)} s of {path}",
+            *(f"{p:7.1%}  {names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist()))]
+
+
+# ---- python eval.py -------------------------------------------------------------------------------------------------
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="best.pt of a run")
+    parser.add_argument("--list", action="store_true", help="print the benchmarks and stop")
+    data, own = parser.add_argument_group("evaluate a benchmark"), parser.add_argument_group("your own video")
+    data.add_argument("--benchmark", choices=BENCHMARKS, help="default: that of the checkpoint")
+    data.add_argument("--data", help="folder of the dataset, or a .jsonl (default: that of the checkpoint)")
+    data.add_argument("--predictions", help="write one JSON line per test item: id, prediction, truth, score")
+    data.add_argument("--views", type=int, help="sets of frames a clip, scores averaged (default: as trained)")
+    data.add_argument("--batch", type=int, default=64, help="clips at a time (default 64)")
+    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="decoding processes (default %(default)s)")
+    data.add_argument("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
+    data.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    data.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    own.add_argument("--video", help="any file that PyAV opens, or a folder of pictures")
+    own.add_argument("--ask", default="", help="a question about it")
+    own.add_argument("--options", nargs="+", default=(), help="answers to choose from")
+    return parser.parse_args()
+
+
+def run(args):
+    if args.list:
+        return print("\n".join(benchmark_table()))
+    if not args.checkpoint:
+        raise UserError("no checkpoint given; train one with python train.py --task vqa, or see python eval.py --list")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, meta, words = load_model(args.checkpoint, device)
+    if args.video:
+        return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options)))
+    name = args.benchmark or meta["benchmarks"][0]
+    root = args.data or (f"{Path(meta['data'][0]).parent}/{BENCHMARKS[name].dataset}" if args.benchmark else meta["data"][0])
+    bench = BENCHMARKS[name]
+    train, test = load_split(name, root, "train"), load_split(name, root, "test")
+    recipe = Recipe(bench.task, words, bench.join, model.config.frames, model.config.image, model.config.words,
+                    {a: i for i, a in enumerate(meta["answers"])}, views=args.views or meta["views"])
+    print(f"{name} test: {survey([test], [root], args.allow_missing)}")
+    metrics, records = evaluate(model, Clips(test, root, recipe), args.allow_missing, batch=args.batch, workers=args.workers, amp=args.amp)
+    print("\n".join(report(metrics, records, train, root)))
+    if args.predictions:
+        Path(args.predictions).write_text("".join(json.dumps({k: r[k] for k in ("id", "prediction", "truth", "score")}) + "\n"
+                                                  for r in records))
+
+
+def main():
+    try:
+        run(arguments())
+    except UserError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

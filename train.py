@@ -1,0 +1,397 @@
+"""Train All-in-one: pre-training, and fine-tuning on each task. Without --data, on a toy world made on the spot.
+
+    python train.py --task vqa                                  video questions on the toy world, a few minutes on a CPU
+    python train.py --task vqa --data /data/msrvtt --size base --init all-in-one-base.ckpt --tokenizer bert-base-uncased
+    torchrun --nproc_per_node=8 train.py --task pretrain ...    the same on 8 GPUs
+"""
+import os
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: threads that spin while workers decode cost 2-3 x
+import argparse
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from allinone import SIZES, AllInOne, UserError, load_weights, read_config
+from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, load_split, loader
+from eval import coverage, embeddings, evaluate, report, scores, survey, to_device, tokenizer_of
+
+# ---- tasks: their losses --------------------------------------------------------------------------------------------
+# A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what it is to be divided by, "rows" or "masked".
+# The loop divides by the count over all micro-batches and processes, so the mean does not depend on how a batch was cut.
+
+def answer_loss(task):
+    def loss(model, batch):
+        logits, target = scores(model, task, batch), batch["target"]
+        return {task: (F.cross_entropy(logits.float(), target, reduction="sum", ignore_index=-1), "rows")}
+    return loss
+
+
+def contrastive_loss(model, batch, temperature=0.05):
+    """Video-text contrast: cross-entropy over rows plus over columns of the cosines, as released (their sum).
+    Differs: with several processes the negatives of all of them count. With --accum, those of one micro-batch only."""
+    text, video = embeddings(model, batch)
+    (all_text, first), (all_video, _) = gathered(text), gathered(video)
+    own = first + torch.arange(len(text), device=text.device)
+    return {"contrast": (F.cross_entropy(text @ all_video.T / temperature, own, reduction="sum")
+                         + F.cross_entropy(video @ all_text.T / temperature, own, reduction="sum"), "rows")}
+
+
+def gathered(x):
+    """(the rows of all processes with gradients, where ours begin). Row counts may differ: unreadable clips are left out."""
+    if not dist.is_initialized():
+        return x, 0
+    sizes = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, len(x))
+    parts = dist.nn.functional.all_gather(F.pad(x, (0, 0, 0, max(sizes) - len(x))))
+    return torch.cat([part[:n] for part, n in zip(parts, sizes)]), sum(sizes[:dist.get_rank()])
+
+
+def pretrain_loss(model, batch):
+    """Matching and masked words; both texts of a clip go through the model as one batch, the frames embedded once."""
+    words, keep = batch["words"][:, :2], batch["keep"][:, :2]
+    B, _, L = words.shape
+    video = model.embed_frames(batch["frames"]).repeat_interleave(2, 0)
+    out = model.fuse(video, words.flatten(0, 1), keep.flatten(0, 1))
+    match = model.heads["matching"](out.pooled[::2])
+    masked = batch["labels"] >= 0
+    filled = model.heads["mlm"](out.text[1::2][masked])     # the vocabulary only where a word is masked
+    losses = {"matching": (F.cross_entropy(match.float(), batch["target"], reduction="sum"), "rows"),
+              "mlm": (F.cross_entropy(filled.float(), batch["labels"][masked], reduction="sum"), "masked")}
+    if "contrast" in model.heads:
+        losses |= contrastive_loss(model, {**batch, "words": batch["words"][:, 2], "keep": batch["keep"][:, 2]})
+    return losses
+
+
+@dataclass(frozen=True)
+class Task:
+    benchmark: str                  # the default one
+    heads: tuple
+    loss: callable
+    metric: str                     # the best checkpoint has the highest
+    lr: float = 1e-4                # published fine-tuning, for pre-trained models
+    batch: int = 128
+    epochs: int = 10
+
+
+TASKS = {
+    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy"),
+    "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy"),
+    "retrieval": Task("msrvtt", ("contrast",), contrastive_loss, "text to video R@1"),
+    "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR"),
+    "pretrain": Task("webvid", ("matching", "mlm"), pretrain_loss, "matching + MLM accuracy"),
+    "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy"),
+}
+HEAD_LR = 10                                                # heads of a pre-trained model learn so much faster
+TOY = dict(lr=1.5e-3, batch=32, epochs=3, head_lr=1)                   # for the toy size, which starts from nothing: heads x 1
+
+
+def lr_at(step, total, warmup=0.1):
+    """The share of the peak learning rate at optimiser step 0, 1, ...: linear from 0 over the warm-up, then linear to 0."""
+    up = max(1, round(warmup * total))
+    return (step + 1) / up if step < up else max(0.0, (total - step) / max(1, total - up))
+
+
+def parameter_groups(model, lr, head_lr):
+    """AdamW's groups: no decay on biases, norms and single vectors; heads learn head_lr times faster."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((name.startswith("heads."), p.dim() > 1), []).append(p)
+    return [{"params": params, "lr": lr * (head_lr if head else 1), "weight_decay": 0.01 if decay else 0.0}
+            for (head, decay), params in groups.items()]
+
+
+class Losses(nn.Module):
+    """The task's losses as a forward pass, so that DistributedDataParallel and torch.compile can wrap it."""
+
+    def __init__(self, model, task):
+        super().__init__()
+        self.model, self.loss = model, task.loss
+
+    def forward(self, batch):
+        return self.loss(self.model, batch)
+
+
+def counts(batch):
+    """How many rows of a batch can be right or wrong, and how many of its words are masked."""
+    return {"rows": int((batch["target"] >= 0).sum()), "masked": int((batch["labels"] >= 0).sum()) if "labels" in batch else 0}
+
+
+# ---- run folders ----------------------------------------------------------------------------------------------------
+
+def save(path, content):
+    """Write beside, flush to the disk, rename: whatever happens, `path` is a whole checkpoint or the one before."""
+    work = f"{path}.part"
+    with open(work, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(work, path)
+
+
+def random_state(device):
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def open_run(out, settings, resume):
+    """The run folder: made new, or for `resume` found with the same settings. -> the last checkpoint, or None."""
+    last, config = out / "last.pt", out / "config.json"
+    if resume:
+        if not last.exists():
+            raise UserError(f"--resume: {last} is not there; drop --resume to begin, or name the run's folder with --out")
+        before = json.loads(config.read_text())
+        if different := [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]:
+            raise UserError(f"--resume: another run than {out}: {'; '.join(different)}; use the same flags, or another --out")
+        return torch.load(last, map_location="cpu", weights_only=True)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps(settings, indent=1))
+
+
+# ---- python train.py ------------------------------------------------------------------------------------------------
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data, model, optim, run = (parser.add_argument_group(g) for g in ("data", "model", "optimisation", "run"))
+    data.add_argument("--task", required=True, choices=TASKS)
+    data.add_argument("--benchmark", help="a name out of eval.py --list; for pretrain several, with commas (default: the task's first)")
+    data.add_argument("--data", help="folder of the dataset as its owners distribute it, or a .jsonl; one per benchmark, with commas "
+                      "(default: the toy world, made in data/toy)")
+    data.add_argument("--tokenizer", help="tokenizer.json, vocab.txt or hub name (default: that of --init, else tokenizer.json in --data)")
+    data.add_argument("--allow-missing", action="store_true", help="go on although clips are missing or unreadable")
+    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="decoding processes (default %(default)s)")
+    model.add_argument("--size", choices=SIZES, help="default: that of --init, else toy")
+    model.add_argument("--frames", type=int, help="T, frames a clip (default: that of --init, else 3)")
+    model.add_argument("--roll", choices=("spread", "block", "none"), help="which tokens roll (default: that of --init, else spread)")
+    model.add_argument("--init", help="checkpoint to start from: ours, released All-in-one, timm ViT or DeiT, Hugging Face ViLT")
+    optim.add_argument("--steps", type=int, help="optimiser steps (default: as many as --epochs makes)")
+    optim.add_argument("--epochs", type=float, help="passes over the training split (default: the task's)")
+    optim.add_argument("--batch", type=int, help="clips per optimiser step, over all processes (default: the task's)")
+    optim.add_argument("--accum", type=int, default=1, help="micro-batches per process and step (default 1)")
+    optim.add_argument("--lr", type=float, help="peak learning rate (default: the task's)")
+    optim.add_argument("--contrast", action="store_true", help="pretrain: add the contrastive loss")
+    run.add_argument("--out", help="run folder (default runs/BENCHMARK-SIZE-ROLL-sSEED)")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    run.add_argument("--seed", type=int, default=0, help="default 0")
+    run.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    run.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
+    run.add_argument("--views", type=int, default=1, help="evaluation: sets of frames a clip, scores averaged (default 1)")
+    return parser.parse_args(argv)
+
+
+def roots_of(args, names):
+    """One data folder per benchmark; without --data the toy world's, made if absent."""
+    if args.data:
+        roots = args.data.split(",")
+        if len(roots) != len(names):
+            raise UserError(f"--data names {len(roots)} folders for the {len(names)} benchmarks {','.join(names)}; give one each")
+        return roots
+    from toy import write_world
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_world("data/toy", {BENCHMARKS[name].dataset for name in names})
+    if dist.is_initialized():
+        dist.barrier()
+    return [f"data/toy/{BENCHMARKS[name].dataset}" for name in names]
+
+
+def train(args):
+    # -- what is asked for: the command line over the task's presets
+    task, rank, world = TASKS[args.task], int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *_, **__: None
+    names = (args.benchmark or task.benchmark).split(",")
+    for name in names:
+        if name not in BENCHMARKS or BENCHMARKS[name].task != args.task:
+            raise UserError(f"--benchmark {name}: --task {args.task} knows "
+                            + ", ".join(n for n, b in BENCHMARKS.items() if b.task == args.task))
+    size = args.size or (None if args.init else "toy")
+    preset = {"lr": task.lr, "batch": task.batch, "epochs": task.epochs, "head_lr": HEAD_LR, **(TOY if size == "toy" else {})}
+    lr, batch, epochs = (getattr(args, k) or preset[k] for k in ("lr", "batch", "epochs"))
+    if batch % (world * args.accum):
+        raise UserError(f"--batch {batch} cannot be cut into {world} processes x {args.accum} micro-batches of equal size")
+
+    # -- data
+    bench, roots = BENCHMARKS[names[0]], roots_of(args, names)
+    splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in ("train", "val", "test")}
+    carried = None if args.tokenizer else tokenizer_of(args.init)
+    words = Words.from_json(carried) if carried else Words.load(args.tokenizer or f"{roots[0]}/tokenizer.json")
+    answers = []
+    if args.task == "vqa":
+        answers = answer_list(splits["train"][0], bench.answers)
+        known = [[e for e in splits["train"][0] if e.answer in set(answers)]]
+        say(f"answers: {len(answers)}; they cover {coverage(splits['test'][0], answers):.1%} of the test answers, the ceiling; "
+            f"{len(splits['train'][0]) - len(known[0])} training questions with other answers are left out")
+        splits["train"] = known
+    elif args.task == "action":
+        answers = [f"class {i}" for i in range(1 + max(e.answer for e in splits["train"][0]))]
+
+    # -- model
+    heads = (*task.heads, *(("contrast",) if args.contrast else ()))
+    changes = {"vocab": len(words), "words": bench.length, "answers": len(answers),
+               **{k: v for k, v in (("frames", args.frames), ("roll", args.roll)) if v}}
+    config = read_config(args.init, **changes) if args.init and not args.size else replace(SIZES[size], **changes)
+    torch.manual_seed(args.seed)
+    model = AllInOne(config, heads).to(device)
+    if args.init:
+        say(f"{args.init}: {load_weights(model, args.init, answers)}")
+    model.checkpointing = args.checkpointing
+    if args.task == "action":                               # a linear probe: the backbone stays as it is
+        for name, p in model.named_parameters():
+            p.requires_grad = name.startswith("heads.")
+
+    def clips_of(split):
+        recipe = lambda b: Recipe(args.task, words, b.join, 1 if b.dataset == "cc3m" else config.frames, config.image, config.words,
+                                  {a: i for i, a in enumerate(answers)}, b.flip, args.views)
+        parts = [Clips(e, root, recipe(BENCHMARKS[n]), args.seed) for e, root, n in zip(splits[split], roots, names)]
+        return Mixed(parts) if len(parts) > 1 else parts[0]
+
+    clips = {split: clips_of(split) for split in splits}
+    groups = clips["train"].groups if len(names) > 1 else [np.arange(len(clips["train"]))]
+    steps_per_epoch = Order(groups, batch, 1, args.seed).steps_per_epoch
+    total = args.steps or max(1, round(epochs * steps_per_epoch))
+
+    # -- the run folder, and where it left off
+    out = Path(args.out or f"runs/{'+'.join(names)}-{size or 'init'}-{config.roll}-s{args.seed}")
+    settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr, "batch": batch,
+                "steps": total, "seed": args.seed, "contrast": args.contrast, "amp": args.amp, "views": args.views}
+    last = open_run(out, settings, args.resume) if rank == 0 or args.resume else None
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, preset["head_lr"]), betas=(0.9, 0.98), fused=True)
+    peaks, first, best, bad = [group["lr"] for group in optimizer.param_groups], 0, -math.inf, {}
+    if last:
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        first, best, bad = last["step"], last["best"], last["bad"]
+        torch.set_rng_state(last["random"][rank]["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(last["random"][rank]["cuda"], device)
+    about = {"config": asdict(config), "heads": list(heads), "answers": answers, "task": args.task, "benchmarks": names,
+             "data": roots, "tokenizer": words.tokenizer.to_str(), "views": args.views}
+    losses_of = Losses(model, task)
+    losses_of = torch.compile(losses_of) if args.compile else losses_of
+    if world > 1:
+        losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=True)
+    for split in splits:
+        say(f"{split:5s} {survey(splits[split], roots, args.allow_missing)}")
+    say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.frames} frames, roll {config.roll}, "
+        f"on {device}\nbatch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
+        f"{total} steps of which {steps_per_epoch} are an epoch; lr {lr:g}")
+
+    # -- the loop
+    order = Order(groups, batch, args.accum, args.seed, first, rank, world)
+    batches = iter(loader(clips["train"], order, args.workers, words.pad))
+    chance = {"vqa": len(answers), "action": len(answers), "choice": 5, "vcr": 4, "matching": 2, "mlm": len(words)}
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                 # a scheduler wants the machine back: save
+    log, seen, waited, started = open(out / "metrics.jsonl", "a") if rank == 0 else None, 0, 0.0, time.perf_counter()
+    bar = tqdm(range(first, total), initial=first, total=total, disable=not (rank == 0 and sys.stderr.isatty()))
+    how = dict(workers=args.workers, amp=args.amp, allow_missing=args.allow_missing, batch=batch)
+
+    def checkpoint(step):
+        states = [random_state(device)] * world
+        if world > 1:
+            dist.all_gather_object(states, random_state(device))
+        if rank == 0:
+            save(out / "last.pt", {**about, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                   "best": best, "bad": bad, "random": states})
+
+    model.train()
+    for step in bar:
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * lr_at(step, total)
+        begin = time.perf_counter()
+        micro = [next(batches) for _ in range(args.accum)]
+        waited += time.perf_counter() - begin
+        bad |= {i: cause for b in micro for i, cause in b["errors"].items()}
+        if len(bad) > max(10, 0.01 * len(clips["train"])) and not args.allow_missing:
+            raise UserError(f"{len(bad)} training clips cannot be read, more than 1 %; the last: {list(bad.values())[-1]}; "
+                            "mend them, or pass --allow-missing to train without them")
+        micro = [to_device(b, device) for b in micro if "frames" in b]
+        count = {unit: sum(counts(b)[unit] for b in micro) for unit in ("rows", "masked")}
+        if world > 1:
+            every = torch.tensor(list(count.values()), device=device)
+            dist.all_reduce(every)
+            count = dict(zip(count, every.tolist()))
+        sums = {}
+        for i, b in enumerate(micro):
+            quiet = losses_of.no_sync() if world > 1 and i + 1 < len(micro) else contextlib.nullcontext()
+            with quiet:
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    losses = losses_of(b)
+                losses = {name: value / max(1, count[unit]) for name, (value, unit) in losses.items()}
+                (sum(losses.values()) * world).backward()                       # DistributedDataParallel takes the mean
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        loss = sum(sums.values()).item()
+        if not math.isfinite(loss):
+            raise UserError(f"step {step}: the loss is {loss} ({', '.join(f'{k} {v.item():g}' for k, v in sums.items())}); "
+                            f"examples {[i for b in micro for i in b['index'].tolist()]}; lower --lr, or look at these clips")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += batch
+        if (step + 1) % max(1, total // 40) == 0 or step + 1 == total:
+            spent = time.perf_counter() - started
+            line = {"step": step + 1, **{k: round(v.item(), 4) for k, v in sums.items()}, "lr": optimizer.param_groups[0]["lr"],
+                    "clips_per_s": round(seen / spent, 1), "waiting": round(waited / spent, 3)}
+            text = " | ".join([f"step {step + 1:5d}/{total}", *(f"{k} {v.item():.3f} (chance {math.log(chance.get(k, batch)):.3f})"
+                               for k, v in sums.items()), f"lr {line['lr']:.1e}", f"{line['clips_per_s']:.0f} clips/s (waiting for "
+                               f"data {line['waiting']:.0%})", f"eta {spent / (step + 1 - first) * (total - step - 1):.0f} s"])
+            bar.set_postfix_str(text.split(" | ", 1)[1]) if not bar.disable else say(text, flush=True)
+            if log:
+                print(json.dumps(line), file=log, flush=True)
+        if (step + 1) % steps_per_epoch == 0 or step + 1 == total:
+            metrics, _ = evaluate(model, clips["val"], **how)
+            say(f"validation at step {step + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
+            if log:
+                print(json.dumps({"step": step + 1, "val": metrics}), file=log, flush=True)
+            if metrics[task.metric] > best:
+                best = metrics[task.metric]
+                if rank == 0:
+                    save(out / "best.pt", {**about, "model": model.state_dict(), "step": step + 1, "val": metrics})
+            checkpoint(step + 1)
+        if stop:
+            checkpoint(step + 1)
+            raise SystemExit(f"train.py: told to stop; {out}/last.pt is at step {step + 1}, go on with --resume --out {out}")
+    if bad:
+        say(f"{len(bad)} training clips could not be read and were left out: {out}/bad.txt")
+        (out / "bad.txt").write_text("".join(f"{i} {cause}\n" for i, cause in sorted(bad.items())))
+
+    # -- the test figure, once, of the epoch that was best on validation
+    model.load_state_dict(torch.load(out / "best.pt", map_location=device, weights_only=True)["model"])
+    metrics, records = evaluate(model, clips["test"], **how)
+    if rank == 0:
+        (out / "test.json").write_text(json.dumps(metrics))
+        say("\n".join(report(metrics, records, splits["train"][0], roots[0])))
+        say(f"{time.perf_counter() - started:.0f} s; next: python eval.py {out}/best.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main():
+    try:
+        train(arguments())
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
