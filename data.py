@@ -207,7 +207,7 @@ class _Clip:
         frames, rank = {}, {j: i for i, j in enumerate(self.order or ())}
         for count, frame in enumerate(self._decode(self.whole)):
             i = rank.get(frame.pts) if self.order else count
-            if i in numbers and frame.pts not in self.damaged:
+            if i in numbers:
                 frames[i] = see(frame)
                 if len(frames) == len(numbers):
                     break
@@ -290,6 +290,7 @@ def _orientation(frame):
 
 
 # ---- what a row and a benchmark are ---------------------------------------------------------------------------------
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of a benchmark, whatever its file format."""
@@ -299,10 +300,11 @@ class Example:
     answer: str | int | None = None  # words (open-ended) | 0-based index (options, classes) | None where hidden
     options: tuple = ()              # the A choices
     captions: tuple = ()             # retrieval and pre-training: the caption(s), or ONE joined paragraph
-    kind: str = ""                   # question type for break-downs: first word, FrameQA's type, "Q->A" or "QA->R"
+    kind: str = ""                   # question type for break-downs: its first two words, FrameQA's type, "Q->A" or "QA->R"
     seconds: tuple | None = None     # (start, end) part of the clip to sample from; None: all of it
     frames: tuple | None = None      # (first, last) 0-based inclusive frame numbers to sample from; the sampler clamps
     boxes: tuple = ()                # VCR: (x1, y1, x2, y2) as fractions of width and height, by the objects' numbers
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -320,23 +322,29 @@ class Benchmark:
     rows: dict = field(default_factory=dict)  # official number of examples per split; absent: unknown
     paper: str = ""                  # the published All-in-one figure and its source; "": none found
 
+
 # ---- media: from an id to a file that lies inside the data root -----------------------------------------------------
+
 MEDIA = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv", ".mts", ".gif",
          ".jpg", ".jpeg", ".png", ".webp")
 
+
 class MissingMedia(UserError):
     """A clip that an annotation file names is not on disk."""
+
 
 def stem(name):
     """A file name without its media extensions: "a.mp4.webm" -> "a", "b." -> "b"; other dots belong to the name."""
     base, extension = os.path.splitext(name)
     return stem(base) if base and (extension == "." or extension.lower() in MEDIA) else name
 
+
 def safe(path):
     """`path` itself if, as text, it names something below the folder it will be joined to. Raises ValueError."""
     if not isinstance(path, str) or "\0" in path or len(path.encode()) > 1000 or {"", ".", ".."} & {*path.split("/")}:
         raise ValueError(f"{path!r:.80} is no path below the data folder (relative, without '..')")
     return path
+
 
 @functools.lru_cache(maxsize=None)
 def listing(folder, changed):
@@ -345,9 +353,11 @@ def listing(folder, changed):
     names = sorted(os.listdir(folder), key=lambda name: (rank.get(os.path.splitext(name)[1].lower(), -1), name))
     return {stem(name): name for name in reversed(names)}
 
+
 def stems(folder):
     """{stem: file name} of a folder, {} where there is none."""
     return listing(folder, os.stat(folder).st_mtime_ns) if os.path.isdir(folder) else {}
+
 
 def inside(root, path):
     """The absolute path, links resolved; it must still lie inside `root`."""
@@ -355,6 +365,7 @@ def inside(root, path):
     if os.path.commonpath([real, top]) != top:
         raise UserError(f"{path} is {real}, outside the data folder {top}: move it there, links may not leave it")
     return real
+
 
 def find_media(root, media):
     """Absolute path of a clip: a file with a media extension, or a folder of jpgs. `root`: a folder, or a .jsonl in it.
@@ -372,6 +383,7 @@ def find_media(root, media):
         raise MissingMedia(f"no clip {name!r} in {folder}: expected a folder of jpgs or a file in {' '.join(MEDIA)}")
     return inside(root, os.path.join(folder, found))
 
+
 def clips_in(root, *folders):
     """clip(*names) -> media id: the first name in the first folder where it is on disk, else just the first."""
     names_in = functools.cache(lambda folder: stems(os.path.join(root, folder)))
@@ -380,8 +392,11 @@ def clips_in(root, *folders):
         return next((m for m in medias if os.path.basename(m) in names_in(os.path.dirname(m))), medias[0])
     return clip
 
+
 # ---- annotation files: rows and their numbers -----------------------------------------------------------------------
+
 BLANK = object()  # what rows_*(path) yield for a row that counts but holds nothing
+
 
 def decoded(path):
     """Lines of UTF-8, decoded one by one so that a bad byte is blamed on its own row."""
@@ -389,17 +404,21 @@ def decoded(path):
         for n, line in enumerate(file):
             yield (line if n else line.removeprefix(b"\xef\xbb\xbf")).decode()
 
+
 def rows_lines(path):
     return (line.strip() or BLANK for line in decoded(path))
 
+
 def rows_jsonl(path):
     return (json.loads(line) if line.strip() else BLANK for line in decoded(path))
+
 
 def rows_json(path):
     """The items of an array, of MSRVTT's array of captions inside an object, or an object's (name, value) pairs."""
     with open(path, encoding="utf-8-sig") as file:
         rows = json.load(file)
     return rows if isinstance(rows, list) else rows.get("sentences") or rows.get("annotations") or rows.items()
+
 
 def rows_csv(path, delimiter=",", header=True, quoting=csv.QUOTE_MINIMAL):
     """Dicts by the header's names, or lists of cells. A header counts as row 1, as in a spreadsheet."""
@@ -419,6 +438,7 @@ DIALECTS = {  # file name -> how to read it; the first that matches
     "T*_question.csv": rows_tabs, "ht100_videos_split.csv": rows_tabs, "ego4d_train_subset.csv": rows_cells,
     "*_success_full.tsv": rows_cells, "*GCC*.tsv": rows_raw, "LSMDC16_*.csv": rows_raw, "*.csv": rows_csv}
 
+
 def read_rows(path, make):
     """make(row, n), an Example or a list, of all rows of a file. Whatever is wrong with row n: a UserError about it."""
     out, n, end, name = [], 0, object(), os.path.basename(path)
@@ -435,6 +455,7 @@ def read_rows(path, make):
         what = "missing " * isinstance(e, KeyError) + " ".join(str(e).split())[:300]
         raise UserError(f"{path}, row {n}: {what}" if n else f"{path}: {what}") from None
 
+
 def pick(root, source, *names):
     """The first of `names` that exists in the root or its folder annotations/; the official form is named first."""
     for name, top in itertools.product(names, ("", "annotations")):
@@ -444,6 +465,7 @@ def pick(root, source, *names):
 
 OURS = {"train": "train", "val": "val", "test": "test"}
 VAL = {"train": "train", "test": "val"}  # for owners who hide the labels of their test
+
 
 def reader(source, *files, folders=("videos",), names=OURS):
     """Makes (root, split) -> list[Example] of a function of one row: (row, n, clip) -> Example or a list of them.
@@ -459,8 +481,11 @@ def reader(source, *files, folders=("videos",), names=OURS):
         return functools.wraps(make)(read)
     return wrap
 
+
 # ---- cells: checked values; each raises ValueError with the value ---------------------------------------------------
+
 TEXT = 10_000  # characters in a text or a literal; the longest paragraphs have a third of that
+
 
 def words(value):
     """A text without outer blanks or line breaks (ActivityNet's sentences and WebVid's captions have them)."""
@@ -469,12 +494,14 @@ def words(value):
     value.encode()  # a lone surrogate, which JSON can spell, would break the tokenizer much later
     return " ".join(value.split())
 
+
 def index(value, n, first=0):
     """0-based index below n, from an int or its digits; `first` is the number that the file gives to the first one."""
     number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value) else value
     if type(number) is not int or not first <= number < first + n:
         raise ValueError(f"{value!r:.60} is no number from {first} to {first + n - 1}")
     return number - first
+
 
 def span(start, end):
     """(start, end) in seconds."""
@@ -483,29 +510,41 @@ def span(start, end):
         raise ValueError(f"{start} to {end} is no span of seconds")
     return start, end
 
+
 def either(row, *names):
     """The cell of the first name that the row has: the forms of a file differ in their names."""
     return row[next((name for name in names if name in row), names[0])]
 
+
 # ---- examples: one constructor per task -----------------------------------------------------------------------------
+
+def kind_of(question):
+    """The first two words name the kind of a question: "what color", "who is", "how many"."""
+    return " ".join(question.lower().split()[:2])
+
+
 def asked(id, media, question, answer, kind=None):
     question = words(question)
-    return Example(str(id), media, question, words(answer), kind=kind or question.split()[0].lower())
+    return Example(str(id), media, question, words(answer), kind=kind or kind_of(question))
+
 
 def choice(id, media, options, answer, A, question="", kind=None, **more):
     if not isinstance(options, (list, tuple)) or len(options) != A:
         raise ValueError(f"{options!r:.60} is no list of {A} options")
     question = question and words(question)
-    kind = kind or question and question.split()[0].lower()
+    kind = kind or kind_of(question)
     return Example(str(id), media, question, index(answer, A), tuple(map(words, options)), kind=kind, **more)
+
 
 def captioned(id, media, caption, **more):
     return Example(str(id), media, captions=(words(caption),), **more)
+
 
 def place(right, wrong, key):
     """(options, answer), the place of the right text depending on `key` alone; a constant place would reward ties."""
     at = zlib.crc32(key.encode()) % (len(wrong) + 1)
     return (*wrong[:at], right, *wrong[at:]), at
+
 
 def by_clip(examples):
     """One example per clip with all its captions, in the order of first mention."""
@@ -513,6 +552,7 @@ def by_clip(examples):
     for e in examples:
         clips.setdefault(e.media, (e, []))[1].extend(e.captions)
     return [replace(e, captions=tuple(captions)) for e, captions in clips.values()]
+
 
 def distract(examples, A):
     """A training set where only a test exists: each caption with A - 1 captions of other clips, the same every time."""
@@ -531,11 +571,14 @@ def distract(examples, A):
         out.append(replace(e, captions=(), options=options, answer=answer))
     return out
 
+
 # ---- readers: question answering ------------------------------------------------------------------------------------
+
 MSRVTT = ("videos/all", "videos", "TrainValVideo", "TestVideo")
 GIFS = partial(reader, "github.com/YunseokJANG/tgif-qa (dataset/) or ClipBERT", folders=("gifs",),
                names={"train": "Train train", "test": "Test test"})
 XU = "github.com/xudejing/video-question-answering"
+
 
 @reader(f"{XU} or ClipBERT", "{}_qa.json", "msrvtt_qa_{}.jsonl", "msrvtt_qa/{}.jsonl", folders=MSRVTT)
 def read_msrvtt_qa(row, n, clip):
@@ -543,6 +586,7 @@ def read_msrvtt_qa(row, n, clip):
     video = row["video_id"]
     video = f"video{video}" if isinstance(video, int) else video
     return asked(row.get("id", n), clip(video), row["question"], row["answer"])
+
 
 def read_msvd_qa(root, split):
     """Clips are numbered; youtube_mapping.txt has their file names. (Some mirrors call them vid1.avi, ...)"""
@@ -554,10 +598,12 @@ def read_msvd_qa(root, split):
     files = "{}_qa.json", "{}_qa_encode.json", "msvd_{}_qa_encode.json"
     return reader(XU, *files, folders=("YouTubeClips", "videos"))(make)(root, split)
 
+
 def tgif_choice(row, n, clip):
     """Action, transition. The csv's last headers are swapped: `vid_id` is the question's id, `key` the gif's number."""
     options = row["options"] if "options" in row else [row[f"a{i}"] for i in range(1, 6)]
     return choice(row.get("vid_id", n), clip(row["gif_name"]), options, row["answer"], 5, row["question"])
+
 
 @GIFS("{}_frameqa_question.csv", "frameqa_{1}.jsonl")
 def read_tgif_frame(row, n, clip):
@@ -565,8 +611,11 @@ def read_tgif_frame(row, n, clip):
     kind = types[index(row["type"], 4)] if "type" in row else words(row["answer_type"])
     return asked(row.get("vid_id", n), clip(row["gif_name"]), row["question"], row["answer"], kind)
 
+
 @reader("github.com/jayleicn/TVQA (data/)", "tvqa_{}.jsonl", names=VAL,
         folders=("frames_hq", "frames/raw_frames/frames_hq", "raw_frames/frames_hq"))
+
+
 def read_tvqa(row, n, clip):
     """Frames at 3 per second in files that count from 1: second t is file max(1, int(3 t)). Some rows have no times.
 
@@ -581,6 +630,7 @@ def read_tvqa(row, n, clip):
         frames = tuple(max(1, int(t * 3)) - 1 for t in span(start, end))
     options = [row[f"a{i}"] for i in range(5)]
     return choice(row["qid"], clip(f"{show}_frames/{video}"), options, row["answer_idx"], 5, row["q"], frames=frames)
+
 
 def read_vcr(root, split):
     """Two examples a row: Q->A, and QA->R with the true answer appended to the question.
@@ -612,8 +662,11 @@ def read_vcr(root, split):
     files = "{}.jsonl", "vcr1annots/{}.jsonl"
     return reader("visualcommonsense.com", *files, folders=("vcr1images",), names=VAL)(make)(root, split)
 
+
 # ---- readers: retrieval and multiple choice -------------------------------------------------------------------------
+
 CLIP4CLIP = "CLIP4Clip's msrvtt_data.zip, the MSR-VTT release, Frozen in Time or ClipBERT"
+
 
 def msrvtt_captions(root, without):
     """An example per caption of the clips that are not among those of the examples `without`."""
@@ -627,24 +680,29 @@ def msrvtt_captions(root, without):
         return captioned(f"{video}/{n}", clip(video), row["caption"])
     return [e for file in files for e in read_rows(file, make) if e.media not in tested]
 
+
 @reader(CLIP4CLIP, "MSRVTT_JSFUSION_test.csv", "msrvtt_test.csv", "msrvtt_retrieval/test.jsonl", folders=MSRVTT)
 def msrvtt_pairs(row, n, clip):
     """1k-A fixes one caption per test clip. (Frozen keeps that choice in a pickle, which is not opened.)"""
     key, video = either(row, "key", "retrieval_key"), either(row, "video_id", "clip_name")
     return captioned(key, clip(video), either(row, "sentence", "caption"))
 
+
 def read_msrvtt(root, split):
     """1k-A: every clip that is not tested is for training ("9k"); ClipBERT's train.jsonl lists its own ("7k")."""
     test = msrvtt_pairs(root, "test")
     return test if split == "test" else by_clip(msrvtt_captions(root, without=test))
 
+
 @reader("ClipBERT, the released code or VindLU", "msrvtt_mc_test.jsonl", "msrvtt_mc_test.json", folders=MSRVTT)
 def msrvtt_options(row, n, clip):
     return choice(n, clip(either(row, "clip_name", "video")), either(row, "options", "caption"), row["answer"], 5)
 
+
 def read_msrvtt_mc(root, split):
     test = msrvtt_options(root, "test")
     return test if split == "test" else distract(msrvtt_captions(root, without=test), 5)
+
 
 def read_didemo(root, split):
     """A clip's sentences are joined in file order. A clip may be spelled with two extensions, or end in a bare dot."""
@@ -655,8 +713,11 @@ def read_didemo(root, split):
     sentences = reader(source, "{}_data.json", "didemo_retrieval/{}.jsonl", folders=folders)(make)(root, split)
     return [replace(e, captions=(" ".join(e.captions),)) for e in by_clip(sentences)]
 
+
 @reader("ActivityNet Captions' captions.zip or the released code", "{}.json", "{1}.jsonl",
         names={"train": "train train", "test": "val_1 val1"}, folders=("videos", "activitynet_frames"))
+
+
 def read_activitynet(row, n, clip):
     """Sentences begin with blanks. The lists *_ids.json name more clips than are captioned and are not read."""
     if isinstance(row, dict):
@@ -666,14 +727,17 @@ def read_activitynet(row, n, clip):
 
 LSMDC = partial(reader, "MPII's LSMDC page (with a password)", folders=("avi", "videos", ""))
 
+
 @LSMDC("LSMDC16_{}.csv", names={"train": "annos_training", "val": "annos_val", "test": "challenge_1000_publictect"})
 def lsmdc_pairs(row, n, clip):
     name, _, _, _, _, sentence = row
     return captioned(n, clip(f"{name.rsplit('_', 1)[0]}/{name}"), sentence)  # <movie>/<clip>
 
+
 def read_lsmdc(root, split):
     """Differs: the released reader feeds the clip's id as its caption."""
     return by_clip(lsmdc_pairs(root, split)) if split == "train" else lsmdc_pairs(root, split)
+
 
 def read_lsmdc_mc(root, split):
     """The test counts its answers from 1; train and valid have no such column and put the right sentence first."""
@@ -686,6 +750,7 @@ def read_lsmdc_mc(root, split):
         return choice(n, clip(f"{name.rsplit('_', 1)[0]}/{name}"), options, answer, 5)
     names = {"train": "train", "val": "valid", "test": "test_randomized"}
     return LSMDC("LSMDC16_multiple_choice_{}.csv", names=names)(make)(root, split)
+
 
 def read_ego4d_mc(root, split):
     """Test: Python literals in csv cells. Training: narrations and distractors. Frames: 120 around the narrated one.
@@ -709,9 +774,13 @@ def read_ego4d_mc(root, split):
         return reader(source, "mc_val.csv")(test)(root, split)
     return distract(reader(source, "ego4d_train_subset.csv")(train)(root, split), 4)
 
+
 # ---- readers: pre-training and action recognition -------------------------------------------------------------------
+
 @reader("the WebVid-2.5M release or the released code", "results_2M_{}.csv", "webvid_{1}_success_full.tsv",
         names={"train": "train training", "test": "val validation"}, folders=("videos", "{}"))
+
+
 def read_webvid(row, n, clip):
     """Rows without caption or folder (empty or "NaN") name no clip. The tsv: no header, captions of several lines."""
     if isinstance(row, list):
@@ -721,13 +790,17 @@ def read_webvid(row, n, clip):
     blank = {"", "nan"} & {cell.strip().lower() for cell in (video, page, caption)}
     return [] if blank else captioned(video, clip(f"{page}/{video}"), caption)
 
+
 @reader("Google's Conceptual Captions page or the released code", "{2}.tsv", "cc3m_{1}_success_full.tsv",
         names={"train": "train training Train_GCC-training", "test": "val validation Validation_GCC-1.1.0-Validation"},
         folders=("{1}", "images"))
+
+
 def read_cc3m(row, n, clip):
     """No header: caption and url, whose picture is stored as crc32(url) as in Frozen; or caption and path."""
     caption, name = row
     return captioned(name, clip(str(zlib.crc32(name.encode())) if "://" in name else name), caption)
+
 
 def read_howto100m(root, split):
     """An example per narration of the folder of <id>.csv, stretched to 4 s as in the released code.
@@ -745,6 +818,7 @@ def read_howto100m(root, split):
     files = {media: os.path.join(said, f"{os.path.basename(media)}.csv") for media in medias}
     return [e for media, file in files.items() if os.path.exists(file)  # some videos are silent
             for e in read_rows(file, partial(narration, media=media))]
+
 
 def read_hmdb51(root, split):
     """Split 1 of testTrainMulti_7030_splits/, classes in alphabetical order; or the released list with its own labels.
@@ -768,6 +842,7 @@ def read_hmdb51(root, split):
     return [e for label, folder in enumerate(folders)
             for e in read_rows(os.path.join(path, folder + end), partial(official, label=label, folder=folder))]
 
+
 def read_k400(root, split):
     """The csv, classes being the training file's labels in alphabetical order; or the released lists "path label".
 
@@ -790,7 +865,9 @@ def read_k400(root, split):
         return Example(timed, clip(*places), answer=classes().index(label))
     return forms("k400_{2}_tsm.list", "kinetics_video_{}list.txt")(make)(root, split)
 
+
 # ---- one's own data -------------------------------------------------------------------------------------------------
+
 def read_jsonl_file(path, split=None):
     """Anyone's own data, one JSON object a line; paths count from the file's folder. `split` None: all rows.
 
@@ -814,6 +891,7 @@ def read_jsonl_file(path, split=None):
         raise UserError(f'{path}: ids repeat; give every line an "id" of its own, or none')
     return [e for part, e in rows if split in (None, part)]
 
+
 def read_own(task, root, split):
     """The rows of one's own file that are marked `split`; all must be of the kind that the task needs."""
     examples = read_jsonl_file(root, split)
@@ -823,7 +901,9 @@ def read_own(task, root, split):
             raise UserError(f"{root}: row {e.id!r} is for {kind}, not {task}; own files: vqa choice retrieval pretrain")
     return by_clip(examples) if (task, split) == ("retrieval", "train") else examples
 
+
 # ---- the registry ---------------------------------------------------------------------------------------------------
+
 NO_VAL, HIDDEN = {"train": "train", "test": "test"}, {"train": "train", "test": "val (the labels of test are hidden)"}
 DRAWN = {"train": "captions of other clips, drawn distractors", "test": "test"}
 ACC, RANKS, MATCH = "accuracy", "R@1/5/10, MedR", "VTM and MLM accuracy"
@@ -881,6 +961,7 @@ BENCHMARKS = {
         "k400", "action", read_k400, HIDDEN, "top-1", 1 / 400, answers=400, flip=True, rows={"test": 19906},
         paper="52.3 linear probe (released EVAL.md; paper 50.8)")}
 
+
 def hold_out(examples, part, share=0.05):
     """The "train" or "val" part of a training set: the clips with the smallest crc32 are val, with all their rows."""
     clips = sorted({e.media for e in examples}, key=lambda media: (zlib.crc32(media.encode()), media))
@@ -888,6 +969,7 @@ def hold_out(examples, part, share=0.05):
         raise UserError(f"{len(clips)} clip(s) cannot be split into train and val: add clips")
     val = set(clips[:max(1, round(share * len(clips)))])
     return [e for e in examples if (e.media in val) == (part == "val")]
+
 
 def load_split(name, root, split):
     """The rows of a split of BENCHMARKS[name]; `root`: the benchmark's folder, or one's own .jsonl. Raises UserError.
@@ -908,6 +990,11 @@ def load_split(name, root, split):
     if held and split == "val" and b.task == "retrieval":
         examples = [replace(e, captions=e.captions[:1]) for e in examples]
     return examples
+
+
+def has_test(name, root):
+    """Is there anything to test on? Pre-training sets and one's own .jsonl may have none."""
+    return bool(read_jsonl_file(root, "test")) if root.endswith(".jsonl") else "test" in BENCHMARKS[name].splits
 
 
 # ---- words into tokens ----------------------------------------------------------------------------------------------

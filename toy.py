@@ -10,7 +10,6 @@ time at best: the order-blind ceiling.
 """
 import argparse
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -32,8 +31,10 @@ from data import wordpiece
 
 COLORS = {"red": (222, 48, 44), "green": (58, 178, 72), "blue": (48, 88, 228), "yellow": (240, 218, 60),
           "purple": (168, 66, 200), "white": (242, 242, 242)}
+GROUNDS = {"black": (16, 16, 20), "gray": (98, 98, 104), "brown": (104, 66, 30), "navy": (16, 26, 92)}
 SHAPES = ("square", "ring", "triangle", "cross")
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+TRAVEL = 0.7                                                # how far a move goes, in half widths of the picture
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up", "grows": "shrinks", "shrinks": "grows"}
 
 
@@ -49,11 +50,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is seen: the first thing acts, in one or two events; the others stay still.
+    """What is seen: the first thing acts, in one or two events; others, where there are any, stay still.
     An event is ("moves", way), ("turns", color), ("grows",) or ("shrinks",)."""
     things: tuple
     events: tuple
-    gray: int                                               # of the background
+    ground: str
 
     def spans(self):
         """When each event takes place, in shares of the clip. With two, the middle third is quiet: three frames, one
@@ -68,13 +69,13 @@ class Scene:
             match event:
                 case ("moves", way):
                     dx, dy = WAYS[way]
-                    actor = replace(actor, x=actor.x + 0.9 * dx * done, y=actor.y + 0.9 * dy * done)
+                    actor = replace(actor, x=actor.x + TRAVEL * dx * done, y=actor.y + TRAVEL * dy * done)
                 case ("turns", color):
                     actor = replace(actor, color=color if done >= 0.5 else actor.color)
                 case ("grows",):
-                    actor = replace(actor, size=actor.size * (1 + 0.8 * done))
+                    actor = replace(actor, size=actor.size * (1 + 0.7 * done))
                 case ("shrinks",):
-                    actor = replace(actor, size=actor.size / (1 + 0.8 * done))
+                    actor = replace(actor, size=actor.size / (1 + 0.7 * done))
         return (actor, *self.things[1:])
 
     def reverse(self):
@@ -83,7 +84,7 @@ class Scene:
         before = self.things[0].color
         for event in self.events:
             events.insert(0, ("turns", before) if event[0] == "turns" else tuple(OPPOSITE.get(w, w) for w in event))
-        return Scene((actor, *self.things[1:]), tuple(events), self.gray)
+        return Scene((actor, *self.things[1:]), tuple(events), self.ground)
 
 
 def make_scene(rng, events=None):
@@ -91,30 +92,21 @@ def make_scene(rng, events=None):
     pick = lambda names: str(rng.choice(list(names)))
     color, shape = pick(COLORS), pick(SHAPES)
     kinds = rng.choice(["moves", "turns", "sizes"], events or int(rng.integers(1, 3)), replace=False, p=[0.5, 0.25, 0.25])
-    acts, x, y, size = [], *rng.uniform(-0.4, 0.4, 2), 0.38
+    acts, (x, y), size = [], rng.uniform(-0.2, 0.2, 2), 0.46
     for kind in kinds:
         if kind == "moves":
             way = pick(WAYS)
             dx, dy = WAYS[way]
-            x, y = x * (dx == 0) - 0.45 * dx, y * (dy == 0) - 0.45 * dy                     # room to arrive
+            x, y = x * (dx == 0) - TRAVEL / 2 * dx, y * (dy == 0) - TRAVEL / 2 * dy         # room to arrive
             acts.append(("moves", way))
         elif kind == "turns":
             acts.append(("turns", pick([c for c in COLORS if c != color])))
         else:
             grows = rng.random() < 0.5
-            size = 0.27 if grows else 0.27 * 1.8
+            size = 0.33 if grows else 0.33 * 1.7
             acts.append(("grows",) if grows else ("shrinks",))
-    jitter = rng.uniform(-0.06, 0.06, 2)
-    things = [Thing(shape, color, float(x + jitter[0]), float(y + jitter[1]), size)]
-    if rng.random() < 0.3:                                  # a bystander, where the actor does not pass
-        other = pick([s for s in SHAPES if s != shape])
-        tint = pick([c for c in COLORS if all(c not in event for event in acts) and c != color])
-        end = Scene(tuple(things), tuple(acts), 0).at(1)[0]
-        spots = [(sx, sy) for sx in (-0.5, 0.5) for sy in (-0.5, 0.5)]
-        far = lambda spot: min(math.hypot(spot[0] - (1 - a) * things[0].x - a * end.x,
-                                          spot[1] - (1 - a) * things[0].y - a * end.y) for a in (0, 0.25, 0.5, 0.75, 1))
-        things.append(Thing(other, tint, *max(spots, key=far), 0.25))
-    scene = Scene(tuple(things), tuple(acts), int(rng.integers(20, 90)))
+    dx, dy = rng.uniform(-0.05, 0.05, 2)
+    scene = Scene((Thing(shape, color, float(x + dx), float(y + dy), size),), tuple(acts), pick(GROUNDS))
     return scene.reverse() if rng.random() < 0.5 else scene
 
 
@@ -123,7 +115,7 @@ def render(scene, when, width, height):
     scale = min(width, height) / 2                          # pixels per half width of the central square
     y, x = np.mgrid[:height, :width].astype(np.float32)
     x, y = (x + 0.5 - width / 2) / scale, (y + 0.5 - height / 2) / scale
-    picture = np.full((height, width, 3), scene.gray, np.float32)
+    picture = np.full((height, width, 3), GROUNDS[scene.ground], np.float32)
     for thing in scene.at(when):
         u, v = (x - thing.x) / thing.size, (y - thing.y) / thing.size
         au, av_ = np.abs(u), np.abs(v)
@@ -145,25 +137,21 @@ def say(event):
 
 
 def caption(scene):
-    actor, *others = scene.things
-    text = f"a {actor.color} {actor.shape} " + " and then ".join(map(say, scene.events))
-    return text + "".join(f" next to a {t.color} {t.shape}" for t in others)
+    actor = scene.things[0]
+    return f"a {actor.color} {actor.shape} {' and then '.join(map(say, scene.events))} on a {scene.ground} ground"
 
 
 def questions(scene):
     """[(question, answer)]; its first two words name the kind of a question."""
-    actor, *others = scene.things
-    verbs = [event[0] for event in scene.events]
+    actor, verbs = scene.things[0], [event[0] for event in scene.events]
+    ask = [("what color is the ground?", scene.ground)]
     if "turns" in verbs:
-        ask = [("what shape changes color?", actor.shape),
-               ("which color comes first?", actor.color), ("which color comes last?", scene.at(1)[0].color)]
+        ask += [("what shape changes color?", actor.shape), ("which color comes first?", actor.color),
+                ("which color comes last?", scene.at(1)[0].color)]
     else:
-        ask = [(f"what color is the {actor.shape}?", actor.color), (f"what shape is {actor.color}?", actor.shape)]
-    for other in others:
-        ask += [(f"what color is the {other.shape}?", other.color), (f"what shape is {other.color}?", other.shape)]
-    for event in scene.events:
-        if event[0] == "moves":
-            ask += [("which way does it move?", event[1])]
+        ask += [(f"what color is the {actor.shape}?", actor.color), (f"what shape is {actor.color}?", actor.shape)]
+    if "moves" in verbs:
+        ask += [("which way does it move?", dict(e for e in scene.events if len(e) == 2)["moves"])]
     if len(verbs) == 2:
         ask += [("what happens first?", f"it {verbs[0]}"), ("what happens last?", f"it {verbs[1]}")]
     return ask

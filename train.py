@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from allinone import SIZES, AllInOne, UserError, load_weights, read_config
-from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, load_split, loader
+from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, has_test, load_split, loader
 from eval import coverage, embeddings, evaluate, report, scores, survey, to_device, tokenizer_of
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
@@ -230,14 +230,16 @@ def train(args):
 
     # -- data
     bench, roots = BENCHMARKS[names[0]], roots_of(args, names)
-    splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in ("train", "val", "test")}
+    wanted = ("train", "val", *(("test",) if all(has_test(name, root) for name, root in zip(names, roots)) else ()))
+    splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in wanted}
     carried = None if args.tokenizer else tokenizer_of(args.init)
     words = Words.from_json(carried) if carried else Words.load(args.tokenizer or f"{roots[0]}/tokenizer.json")
     answers = []
     if args.task == "vqa":
         answers = answer_list(splits["train"][0], bench.answers)
         known = [[e for e in splits["train"][0] if e.answer in set(answers)]]
-        say(f"answers: {len(answers)}; they cover {coverage(splits['test'][0], answers):.1%} of the test answers, the ceiling; "
+        final = wanted[-1]
+        say(f"answers: {len(answers)}; they cover {coverage(splits[final][0], answers):.1%} of the {final} answers, the ceiling; "
             f"{len(splits['train'][0]) - len(known[0])} training questions with other answers are left out")
         splits["train"] = known
     elif args.task == "action":
@@ -375,12 +377,15 @@ def train(args):
         (out / "bad.txt").write_text("".join(f"{i} {cause}\n" for i, cause in sorted(bad.items())))
 
     # -- the test figure, once, of the epoch that was best on validation
-    model.load_state_dict(torch.load(out / "best.pt", map_location=device, weights_only=True)["model"])
-    metrics, records = evaluate(model, clips["test"], **how)
-    if rank == 0:
-        (out / "test.json").write_text(json.dumps(metrics))
-        say("\n".join(report(metrics, records, splits["train"][0], roots[0])))
-        say(f"{time.perf_counter() - started:.0f} s; next: python eval.py {out}/best.pt")
+    if "test" in splits:
+        model.load_state_dict(torch.load(out / "best.pt", map_location=device, weights_only=True)["model"])
+        metrics, records = evaluate(model, clips["test"], **how)
+        if rank == 0:
+            (out / "test.json").write_text(json.dumps(metrics))
+            say("\n".join(report(metrics, records, splits["train"][0], roots[0])))
+    else:
+        say("no test rows here: the validation figure is the last")
+    say(f"{time.perf_counter() - started:.0f} s; next: python eval.py {out}/best.pt" + (" --help" if "test" not in splits else ""))
     if world > 1:
         dist.destroy_process_group()
 
