@@ -49,7 +49,9 @@ class Config:
     roll_unimodal: bool = False     # roll in video-only runs too (not released)
     dropout: float = 0.1            # after embeddings, attention output and both MLP layers
     drop_path: float = 0.1          # of the last block; rises linearly from 0 at the first
-    std: float = 0.02               # of the matrices at the start; narrow models learn faster from 1 / sqrt(D)
+    std: float = 0.02               # of the matrices at the start; narrow models learn from 1 / sqrt(D) only
+    std_tables: float = 0.02        # of the tables at the start: words, positions, modality, CLS
+    std_time: float = 0.0           # of the time embedding
 
     def __post_init__(self):
         for big, small in (("width", "heads"), ("image", "patch")):
@@ -63,7 +65,8 @@ class Config:
 
 
 SIZES = {
-    "toy": Config(width=96, layers=4, heads=4, image=32, patch=8, dropout=0.0, drop_path=0.0, std=0.1),
+    "toy": Config(width=96, layers=4, heads=4, image=32, patch=8, dropout=0.0, drop_path=0.0,
+                  std=0.1, std_tables=0.3, std_time=0.3),
     "tiny": Config(width=192, heads=3),                     # 11.43 M parameters without the MLM head
     "small": Config(width=384, heads=6),                    # 33.55 M
     "base": Config(),                                       # 109.87 M
@@ -175,14 +178,15 @@ class AllInOne(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal: std 0.02 for the tables, config.std for the matrices; biases 0, LayerNorm 1 and 0, time 0: the released
-        start. Differs: its patch convolution keeps PyTorch's default (std 0.0208 at base size)."""
-        matrices = {m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        """Normal for matrices (config.std), tables (std_tables) and time (std_time); biases 0, LayerNorm 1 and 0. The
+        defaults are the released start. Differs: its patch convolution keeps PyTorch's default (std 0.0208 at base)."""
+        config, matrices = self.config, {m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
         for name, p in self.named_parameters():
-            if name == "time" or name.endswith("bias"):
+            if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1 or name == "cls":
-                nn.init.normal_(p, std=self.config.std if p in matrices else 0.02)
+                std = config.std if p in matrices else config.std_time if name == "time" else config.std_tables
+                nn.init.normal_(p, std=std)
         if "rank" in self.heads and "matching" in self.heads:
             self.rank_from_matching()
 
