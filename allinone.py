@@ -49,9 +49,8 @@ class Config:
     roll_unimodal: bool = False     # roll in video-only runs too (not released)
     dropout: float = 0.1            # after embeddings, attention output and both MLP layers
     drop_path: float = 0.1          # of the last block; rises linearly from 0 at the first
-    std: float = 0.02               # of the matrices at the start; narrow models learn from 1 / sqrt(D) only
-    std_tables: float = 0.02        # of the tables at the start: words, positions, modality, CLS
-    std_time: float = 0.0           # of the time embedding
+    std: float = 0.02               # of matrices and tables at the start, time 0, as released; narrow models learn from
+                                    # scratch only with 0: matrices 1 / sqrt(fan-in), tables and time 1
 
     def __post_init__(self):
         for big, small in (("width", "heads"), ("image", "patch")):
@@ -65,8 +64,7 @@ class Config:
 
 
 SIZES = {
-    "toy": Config(width=96, layers=4, heads=4, image=32, patch=8, dropout=0.0, drop_path=0.0,
-                  std=0.1, std_tables=0.3, std_time=0.3),
+    "toy": Config(width=96, layers=4, heads=4, image=32, patch=8, dropout=0.0, drop_path=0.0, std=0.0),
     "tiny": Config(width=192, heads=3),                     # 11.43 M parameters without the MLM head
     "small": Config(width=384, heads=6),                    # 33.55 M
     "base": Config(),                                       # 109.87 M
@@ -96,22 +94,24 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(D, 4 * D)
         self.fc2 = nn.Linear(4 * D, D)
 
-    def forward(self, x, keep, maps=None):
+    def forward(self, x, keep, maps=None, first=None):
         """x (B*T, S, D); keep (B*T, 1, 1, S) bool, True at tokens that may be looked at, or None for all.
+        first: only so many tokens are wanted out of this block; all are looked at. None: all.
         A list given as `maps` receives the attention (B*T, H, S, S)."""
-        x = x + self.drop(self.attention(self.norm1(x), keep, maps))
+        x = x[:, :first] + self.drop(self.attention(self.norm1(x), keep, maps, first))
         return x + self.drop(self.mlp(self.norm2(x)))
 
-    def attention(self, x, keep, maps):
+    def attention(self, x, keep, maps, first):
         rows, S, D = x.shape
-        q, k, v = self.qkv(x).view(rows, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B*T, H, S, K)
+        q, k, v = self.qkv(x).view(rows, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)       # each (B*T, H, S, K)
+        q = q[:, :, :first]
         if maps is None:
             x = F.scaled_dot_product_attention(q, k, v, keep)
         else:                                               # the same in two steps, for whoever wants to see it
             scores = q @ k.transpose(-1, -2) / math.sqrt(D // self.heads)
             maps.append((scores if keep is None else scores.masked_fill(~keep, -math.inf)).softmax(-1))
             x = maps[-1] @ v
-        return F.dropout(self.proj(x.transpose(1, 2).reshape(rows, S, D)), self.dropout, self.training)
+        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def mlp(self, x):
         x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
@@ -178,15 +178,14 @@ class AllInOne(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal for matrices (config.std), tables (std_tables) and time (std_time); biases 0, LayerNorm 1 and 0. The
-        defaults are the released start. Differs: its patch convolution keeps PyTorch's default (std 0.0208 at base)."""
-        config, matrices = self.config, {m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        """Normal with config.std; biases 0, LayerNorm 1 and 0, time 0: the released start. std 0: see Config.
+        Differs: its patch convolution keeps PyTorch's default (std 0.0208 at base size)."""
+        std, matrices = self.config.std, {m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or name == "time" and std:
                 nn.init.zeros_(p)
             elif p.dim() > 1 or name == "cls":
-                std = config.std if p in matrices else config.std_time if name == "time" else config.std_tables
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=std or (p[0].numel() ** -0.5 if p in matrices else 1.0))
         if "rank" in self.heads and "matching" in self.heads:
             self.rank_from_matching()
 
@@ -235,31 +234,32 @@ class AllInOne(nn.Module):
         """
         return self.fuse(self.embed_frames(frames), words, keep, maps)
 
-    def fuse(self, video, words, keep=None, maps=None):
-        """forward, for frames that are embedded already: video (B, T, N, D)."""
+    def fuse(self, video, words, keep=None, maps=None, first=None):
+        """forward, for frames that are embedded already: video (B, T, N, D). first: the number of tokens wanted out of
+        the last block, 1 for pooled alone, L for the words too: that block's MLP then runs on these only."""
         B, T, N, D = video.shape
         L = words.shape[1]
         text = self.embed_words(words)
         x = torch.cat([text[:, None].expand(B, T, L, D), video], 2)                         # (B, T, S, D)
         if keep is not None:
             keep = F.pad(keep, (0, N), value=True)[:, None].expand(B, T, L + N)             # visual tokens always
-        x = self.run(x, keep, slots=L, maps=maps)
+        x = self.run(x, keep, slots=L, maps=maps, first=first)
         return Output(torch.tanh(self.pool(x[:, 0])), x[:, :L], x[:, L:])
 
     def encode_text(self, words, keep=None):
         """words (B, L), keep (B, L) -> (B, config.embed): the projected CLS of the words on their own.
         Differs: the released code runs T identical copies."""
-        x = self.run(self.embed_words(words)[:, None], None if keep is None else keep[:, None])
+        x = self.run(self.embed_words(words)[:, None], None if keep is None else keep[:, None], first=1)
         return self.heads["contrast"]["text"](x[:, 0])
 
     def encode_video(self, frames):
         """frames (B, T, 3, R, R) -> (B, config.embed): the projected CLS of the frames on their own."""
-        x = self.run(self.embed_frames(frames), slots=0 if self.config.roll_unimodal else None)
+        x = self.run(self.embed_frames(frames), slots=0 if self.config.roll_unimodal else None, first=1)
         return self.heads["contrast"]["video"](x[:, 0])
 
-    def run(self, x, keep=None, slots=None, maps=None):
-        """The blocks, the final norm and the mean over frames: x (B, T, S, D), keep (B, T, S) -> (B, S, D).
-        `slots`: where the visual tokens begin, to roll them; None: nothing rolls."""
+    def run(self, x, keep=None, slots=None, maps=None, first=None):
+        """The blocks, the final norm and the mean over frames: x (B, T, S, D), keep (B, T, S) -> (B, first or S, D).
+        slots: where the visual tokens begin, to roll them; None: nothing rolls. first: tokens wanted, None: all."""
         B, T, S, D = x.shape
         index = None
         if slots is not None and T > 1:
@@ -269,15 +269,16 @@ class AllInOne(nn.Module):
                 index = roll_index(B, T, S, *(slots + g.to(x.device) for g in groups))
         if keep is not None:
             keep = keep.reshape(B * T, 1, 1, S)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if index is not None:
                 x = Permute.apply(x.view(B, T, S, D), *index)
+            wanted = first if i + 1 == len(self.blocks) else None
             x = x.view(B * T, S, D)
             if self.checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, keep, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, keep, None, wanted, use_reentrant=False)
             else:
-                x = block(x, keep, maps)
-        return self.norm(x).view(B, T, S, D).mean(1)
+                x = block(x, keep, maps, wanted)
+        return self.norm(x).unflatten(0, (B, T)).mean(1)
 
 
 def resize_positions(position, rows, cols):

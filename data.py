@@ -6,18 +6,22 @@
 A batch is a dict of tensors: frames (B, T, 3, R, R) uint8, words (B, L) or (B, A, L), keep (the same shape, True at
 real words), and what the task needs to be right.
 """
+import argparse
 import ast
 import colorsys
 import csv
 import fnmatch
 import functools
+import importlib
 import itertools
 import json
 import math
 import os
 import random
 import re
+import statistics
 import threading
+import time
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -614,8 +618,6 @@ def read_tgif_frame(row, n, clip):
 
 @reader("github.com/jayleicn/TVQA (data/)", "tvqa_{}.jsonl", names=VAL,
         folders=("frames_hq", "frames/raw_frames/frames_hq", "raw_frames/frames_hq"))
-
-
 def read_tvqa(row, n, clip):
     """Frames at 3 per second in files that count from 1: second t is file max(1, int(3 t)). Some rows have no times.
 
@@ -716,8 +718,6 @@ def read_didemo(root, split):
 
 @reader("ActivityNet Captions' captions.zip or the released code", "{}.json", "{1}.jsonl",
         names={"train": "train train", "test": "val_1 val1"}, folders=("videos", "activitynet_frames"))
-
-
 def read_activitynet(row, n, clip):
     """Sentences begin with blanks. The lists *_ids.json name more clips than are captioned and are not read."""
     if isinstance(row, dict):
@@ -779,8 +779,6 @@ def read_ego4d_mc(root, split):
 
 @reader("the WebVid-2.5M release or the released code", "results_2M_{}.csv", "webvid_{1}_success_full.tsv",
         names={"train": "train training", "test": "val validation"}, folders=("videos", "{}"))
-
-
 def read_webvid(row, n, clip):
     """Rows without caption or folder (empty or "NaN") name no clip. The tsv: no header, captions of several lines."""
     if isinstance(row, list):
@@ -794,8 +792,6 @@ def read_webvid(row, n, clip):
 @reader("Google's Conceptual Captions page or the released code", "{2}.tsv", "cc3m_{1}_success_full.tsv",
         names={"train": "train training Train_GCC-training", "test": "val validation Validation_GCC-1.1.0-Validation"},
         folders=("{1}", "images"))
-
-
 def read_cc3m(row, n, clip):
     """No header: caption and url, whose picture is stored as crc32(url) as in Frozen; or caption and path."""
     caption, name = row
@@ -999,22 +995,28 @@ def has_test(name, root):
 
 # ---- words into tokens ----------------------------------------------------------------------------------------------
 
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
 class Words:
     """BERT WordPiece. Texts become [CLS] ... [SEP]; nothing is padded here (batches pad to their longest text)."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        ids = {name: tokenizer.token_to_id(f"[{name}]") for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
-        if None in ids.values():
-            raise UserError(f"tokenizer lacks {[f'[{n}]' for n, i in ids.items() if i is None]}: a BERT WordPiece is needed")
-        self.pad, self.cls, self.sep, self.mask = (ids[name] for name in ("PAD", "CLS", "SEP", "MASK"))
+        ids = [tokenizer.token_to_id(name) for name in SPECIAL]
+        if None in ids:
+            raise UserError(f"the tokenizer lacks {', '.join(n for n, i in zip(SPECIAL, ids) if i is None)}; "
+                            "give a BERT WordPiece with --tokenizer")
+        self.pad, _, self.cls, self.sep, self.mask = ids
 
     @classmethod
     def load(cls, source):
         """source: a tokenizer.json, a vocab.txt, or a hub name such as bert-base-uncased (the only case that downloads)."""
         try:
             if source.endswith(".txt"):
-                return cls(wordpiece(tokenizers.models.WordPiece.from_file(source, unk_token="[UNK]")))
+                tokenizer = wordpiece(tokenizers.models.WordPiece.from_file(source, unk_token="[UNK]"))
+                tokenizer.add_special_tokens([name for name in SPECIAL if tokenizer.token_to_id(name) is not None])
+                return cls(tokenizer)
             if source.endswith(".json"):
                 return cls(tokenizers.Tokenizer.from_file(source))
             return cls(tokenizers.Tokenizer.from_pretrained(source))
@@ -1141,7 +1143,8 @@ class Clips(torch.utils.data.Dataset):
                 return {"words": [words.sentence(draw(example.captions), L)], "target": 0}
             case "pretrain":                                # three texts: to match, to fill in, as it is
                 rng = rng or np.random.default_rng(zlib.crc32(example.id.encode()))         # the same mask every time
-                caption, matched = draw(example.captions), bool(rng.random() < 0.5)
+                lone = all(e.captions == example.captions for e in self.examples[:1000])    # nothing to swap with
+                caption, matched = draw(example.captions), lone or bool(rng.random() < 0.5)
                 match_text = caption
                 while not matched and match_text in example.captions:
                     match_text = draw(draw(self.examples).captions)
@@ -1254,13 +1257,117 @@ def collate(items, pad):
 
 
 def loader(clips, batches, workers, pad):
-    """Batches out of worker processes; `batches` yields lists of (epoch, index)."""
-    return torch.utils.data.DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, pad=pad),
-                                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-                                       pin_memory=torch.cuda.is_available())
+    """Batches out of worker processes; `batches` yields lists of (epoch, index). Workers are nice: on few cores they take
+    what the model's threads leave, and up to 4 batches each are ready ahead."""
+    return torch.utils.data.DataLoader(
+        clips, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, pad=pad), persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None, worker_init_fn=be_nice, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator())                        # of its own: else it draws from the model's, and resume differs
+
+
+def be_nice(worker):
+    os.nice(10)
 
 
 def answer_list(examples, size=None):
     """The closed answer list: the `size` most frequent answers of the training questions, ties in alphabetical order."""
     counts = Counter(e.answer for e in examples)
     return sorted(counts, key=lambda answer: (-counts[answer], answer))[:size]
+
+
+# ---- python data.py -------------------------------------------------------------------------------------------------
+
+def decode_all(path, numbers, R):
+    """What everybody writes first: decode every frame, keep some. Shares only the conversion with read_frames."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        frames = list(container.decode(stream))
+    return np.stack([_to_rgb(frames[i], R, (0.5, 0.5), 1.2) for i in numbers])
+
+
+def with_decord(decord, path, numbers, R):
+    video = decord.VideoReader(path, num_threads=1, width=R or -1, height=R or -1)
+    return video.get_batch(numbers).asnumpy().transpose(0, 3, 1, 2)
+
+
+def with_cv2(cv2, path, numbers, R):
+    cv2.setNumThreads(1)
+    video, frames = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]), {}
+    for i in range(max(numbers) + 1):
+        if video.grab() and i in numbers:
+            frame = video.retrieve()[1]
+            frames[i] = cv2.cvtColor(cv2.resize(frame, (R, R)) if R else frame, cv2.COLOR_BGR2RGB)
+    return np.stack([frames[i] for i in numbers]).transpose(0, 3, 1, 2)
+
+
+def with_torchcodec(torchcodec, path, numbers, R):
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+    decoder = VideoDecoder(path, num_ffmpeg_threads=1, transforms=[Resize((R, R))] if R else [])
+    return decoder.get_frames_at(numbers).data.numpy()
+
+
+def bench(paths, R=224, rounds=7):
+    """Milliseconds for T frames of R x R, and how many times as long decode_all and the installed libraries take; `!`:
+    their full-size pixels are not those of decode_all. Interleaved medians, one thread, file in the page cache."""
+    torch.set_num_threads(1)
+    methods = {"ours": lambda *a: read_frames(*a).numpy(), "all": decode_all}
+    for name, method in (("decord", with_decord), ("cv2", with_cv2), ("torchcodec", with_torchcodec)):
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError):                 # a library without its own libraries
+            continue
+        methods[name] = lambda *a, method=method, module=module: method(module, *a)
+    ratios = {}
+    peers = list(methods)[1:]
+    print(f"{'file':28}{'frames':>7}{'T':>3}{'ours ms':>9}" + "".join(f"{name + '/ours':>17}" for name in peers))
+    for path in paths:
+        size = []
+        read_frames(path, lambda times: size.append(len(times)) or [0])
+        for T in (3, 8):
+            numbers, ms, marks = frame_indices(size[0], T, "eval"), {name: [] for name in methods}, {}
+            truth = decode_all(path, numbers, None)
+            for _ in range(rounds):
+                for name, method in methods.items():
+                    try:
+                        if name not in marks:
+                            marks[name] = " " if np.array_equal(method(path, numbers, None), truth) else "!"
+                        start = time.perf_counter()
+                        np.ascontiguousarray(method(path, numbers, R))
+                        ms[name].append((time.perf_counter() - start) * 1e3)
+                    except Exception:                                # a peer's refusal is a result
+                        marks[name] = "fails"
+            ours, line = statistics.median(ms["ours"]), ""
+            for name in peers:
+                ratio = statistics.median(ms[name]) / ours if marks[name] != "fails" else None
+                line += f"{ratio:>16.2f}{marks[name]}" if ratio else f"{'fails':>17}"
+                ratios.setdefault((name, T), []).extend([ratio] if ratio else [])
+            print(f"{path.rsplit('/', 1)[-1][:27]:28}{size[0]:>7}{T:>3}{ours:>8.2f}{marks['ours']}{line}", flush=True)
+    for (name, T), values in ratios.items():
+        if values:
+            mean = statistics.geometric_mean(values)
+            print(f"geometric mean of {name}/ours at T={T}: {mean:.2f} over {len(values)} files")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="videos, gifs, pictures, folders of pictures")
+    parser.add_argument("--bench", action="store_true", help="time the sampler beside decoding everything and other libraries")
+    args = parser.parse_args()
+    if args.bench:
+        return bench(args.files)
+    for path in args.files:
+        seen = []
+        try:
+            frames = read_frames(path, lambda times: seen.append(times) or frame_indices(len(times), 3, "eval"))
+        except VideoError as error:
+            print(error)
+            continue
+        times, picked = seen[0], frame_indices(len(seen[0]), 3, "eval")
+        print(f"{path}: {len(times)} frames of {frames.shape[3]} x {frames.shape[2]}, {times[-1]:.2f} s from the first to the "
+              f"last; evaluation looks at frames {picked}, {', '.join(f'{times[i]:.2f}' for i in picked)} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,7 @@ def ranks(scores, target):
     """1-based rank of column target[i] in row i of scores (Q, C), higher is better. Ties are averaged: a constant score
     gives the rank of chance, (C + 1) / 2, not a perfect one."""
     own = scores[np.arange(len(scores)), target][:, None]
-    return 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+    return 1 + (~(scores <= own)).sum(1) + (np.maximum((scores == own).sum(1), 1) - 1) / 2      # a NaN ranks last
 
 
 def recall_metrics(rank):
@@ -67,10 +67,10 @@ def scores(model, task, batch):
     video = model.embed_frames(frames)
     if task in ("choice", "vcr"):
         B, A, L = words.shape
-        pooled = model.fuse(video.repeat_interleave(A, 0), words.flatten(0, 1), keep.flatten(0, 1)).pooled
+        pooled = model.fuse(video.repeat_interleave(A, 0), words.flatten(0, 1), keep.flatten(0, 1), first=1).pooled
         head = next(name for name in ("choice", "rank", "matching") if name in model.heads)
         return model.heads[head](pooled)[:, -1].view(B, A)
-    return model.heads["probe" if task == "action" else "answer"](model.fuse(video, words, keep).pooled)
+    return model.heads["probe" if task == "action" else "answer"](model.fuse(video, words, keep, first=1).pooled)
 
 
 def embeddings(model, batch):
@@ -165,6 +165,8 @@ def retrieval_step(model, batch):
 def finish_retrieval(model, clips, rows):
     """Texts against clips by cosine, both directions. A clip that several texts describe counts once as a clip."""
     found = [i for i, row in enumerate(rows) if row is not None]
+    if not found:
+        raise UserError("not one clip of this split can be read; look at the first with eval.py --video")
     media = list(dict.fromkeys(clips.examples[i].media for i in found))
     where = {m: j for j, m in enumerate(media)}
     text = torch.stack([rows[i]["text"] for i in found])
@@ -172,7 +174,7 @@ def finish_retrieval(model, clips, rows):
         if len(media) < len(found) else torch.stack([rows[i]["video"] for i in found])
     target = np.array([where[clips.examples[i].media] for i in found])
     sims = (text @ video.T).numpy()
-    rank = np.full(len(rows), float(len(media)))            # a missing clip ranks last
+    rank = np.full(len(rows), math.inf)                     # a missing clip is never found
     rank[found] = ranks(sims, target)
     back = np.full(len(media), math.inf)                    # video to text: the best of its own texts
     for i, (t, column) in enumerate(zip(target, ranks(sims.T[target], np.arange(len(found))))):
@@ -198,8 +200,7 @@ def pretrain_step(model, batch):
 
 
 def finish_pretrain(model, clips, rows):
-    rows = [row for row in rows if row is not None]
-    total = {k: sum(row[k].item() for row in rows) for k in ("match", "right", "masked")}
+    total = {k: sum(row[k].item() for row in rows if row is not None) for k in ("match", "right", "masked")}
     metrics = {"matching accuracy": total["match"] / max(1, len(rows)), "MLM accuracy": total["right"] / max(1, total["masked"])}
     return {"matching + MLM accuracy": sum(metrics.values()) / 2, **metrics}, []
 
@@ -247,7 +248,7 @@ def report(metrics, records, train, root, most=9):
     path = Path(root) / "order_blind.json"
     blind, rows, answers = json.loads(path.read_text()) if path.exists() else {}, defaultdict(list), defaultdict(Counter)
     for e in train:
-        answers[e.kind][e.options[e.answer] if e.options else e.answer] += 1
+        answers[e.kind][e.options[e.answer] if e.options else f"class {e.answer}" if isinstance(e.answer, int) else e.answer] += 1
     for r in records:
         rows[r["kind"]].append(r)
     shown = sorted(sorted(rows, key=lambda kind: -len(rows[kind]))[:most])
@@ -272,6 +273,27 @@ def benchmark_table():
         lines.append(f"{name:16s} {b.dataset:12s} {b.task:10s} {b.metric:22s} {rows:>25s} "
                      f"{f'{b.chance:.1%}' if b.chance else '-':>7s}  {b.paper or '-'}")
     return lines
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+def check_numbers(args, positive, natural=()):
+    """Flags that must be above 0, or 0 and above, where they are given."""
+    for name in (*positive, *natural):
+        value = getattr(args, name)
+        if value is not None and (value < 0 or value == 0 and name in positive):
+            raise UserError(f"--{name} {value}: a number {'above 0' if name in positive else 'from 0 on'} is needed")
+
+
+def device_of(name=None):
+    """The named device, or cuda where there is one, else cpu."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; here there is cpu"
+                        + ", cuda" * torch.cuda.is_available()) from None
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -354,13 +376,21 @@ def run(args):
         return print("\n".join(benchmark_table()))
     if not args.checkpoint:
         raise UserError("no checkpoint given; train one with python train.py --task vqa, or see python eval.py --list")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_numbers(args, ("views", "batch"), ("workers",))
+    device = device_of(args.device)
     model, meta, words = load_model(args.checkpoint, device)
     if args.video:
         return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options)))
     name = args.benchmark or meta["benchmarks"][0]
     root = args.data or (f"{Path(meta['data'][0]).parent}/{BENCHMARKS[name].dataset}" if args.benchmark else meta["data"][0])
     bench = BENCHMARKS[name]
+    heads = {"vqa": "answer", "action": "probe", "retrieval": "contrast", "pretrain": "mlm"}
+    if bench.task in heads and heads[bench.task] not in model.heads:
+        raise UserError(f"{name} needs the {heads[bench.task]} head and {args.checkpoint}, trained for {meta['task']}, has no "
+                        f"{heads[bench.task]}; fine-tune: python train.py --task {bench.task} --benchmark {name} --init {args.checkpoint}")
+    if bench.task in ("choice", "vcr") and not {"choice", "rank", "matching"} & set(model.heads):
+        raise UserError(f"{name} needs a choice or matching head and {args.checkpoint}, trained for {meta['task']}, has no such; "
+                        f"fine-tune: python train.py --task {bench.task} --benchmark {name} --init {args.checkpoint}")
     train, test = load_split(name, root, "train"), load_split(name, root, "test")
     recipe = Recipe(bench.task, words, bench.join, model.config.frames, model.config.image, model.config.words,
                     {a: i for i, a in enumerate(meta["answers"])}, views=args.views or meta["views"])
