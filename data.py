@@ -322,6 +322,7 @@ class Benchmark:
     answers: int | None = None       # size of the closed answer list as published, or the number of classes
     join: str = "options"            # "question Options: o1 .. Answer: oi" | "pair": question [SEP] oi | "bare": oi
     length: int = 40                 # L, tokens with [CLS] and [SEP]
+    still: bool = False              # pictures, read as clips of one frame
     flip: bool = False               # may training mirror the picture? never where left or right can be the answer
     rows: dict = field(default_factory=dict)  # official number of examples per split; absent: unknown
     paper: str = ""                  # the published All-in-one figure and its source; "": none found
@@ -948,7 +949,7 @@ BENCHMARKS = {
     "webvid": Benchmark("webvid", "pretrain", read_webvid, {"train": "train", "test": "val"}, MATCH),
     "howto100m": Benchmark("howto100m", "pretrain", read_howto100m, {"train": "train"}, MATCH),
     "cc3m": Benchmark(
-        "cc3m", "pretrain", read_cc3m, {"train": "train", "test": "val"}, MATCH,
+        "cc3m", "pretrain", read_cc3m, {"train": "train", "test": "val"}, MATCH, still=True,
         rows={"train": 3318333, "test": 15840}),
     "hmdb51": Benchmark(
         "hmdb51", "action", read_hmdb51, {"train": "split 1", "test": "split 1"}, "top-1", 1 / 51, answers=51,

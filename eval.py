@@ -392,7 +392,7 @@ def run(args):
         raise UserError(f"{name} needs a choice or matching head and {args.checkpoint}, trained for {meta['task']}, has no such; "
                         f"fine-tune: python train.py --task {bench.task} --benchmark {name} --init {args.checkpoint}")
     train, test = load_split(name, root, "train"), load_split(name, root, "test")
-    recipe = Recipe(bench.task, words, bench.join, model.config.frames, model.config.image, model.config.words,
+    recipe = Recipe(bench.task, words, bench.join, 1 if bench.still else model.config.frames, model.config.image, model.config.words,
                     {a: i for i, a in enumerate(meta["answers"])}, views=args.views or meta["views"])
     print(f"{name} test: {survey([test], [root], args.allow_missing)}")
     metrics, records = evaluate(model, Clips(test, root, recipe), args.allow_missing, batch=args.batch, workers=args.workers, amp=args.amp)

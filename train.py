@@ -261,7 +261,7 @@ def train(args):
             p.requires_grad = name.startswith("heads.")
 
     def clips_of(split):
-        recipe = lambda b: Recipe(args.task, words, b.join, 1 if b.dataset == "cc3m" else config.frames, config.image, config.words,
+        recipe = lambda b: Recipe(args.task, words, b.join, 1 if b.still else config.frames, config.image, config.words,
                                   {a: i for i, a in enumerate(answers)}, b.flip, args.views)
         parts = [Clips(e, root, recipe(BENCHMARKS[n]), args.seed) for e, root, n in zip(splits[split], roots, names)]
         return Mixed(parts) if len(parts) > 1 else parts[0]
