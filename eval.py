@@ -167,11 +167,12 @@ def finish_retrieval(model, clips, rows):
     found = [i for i, row in enumerate(rows) if row is not None]
     if not found:
         raise UserError("not one clip of this split can be read; look at the first with eval.py --video")
-    media = list(dict.fromkeys(clips.examples[i].media for i in found))
-    where = {m: j for j, m in enumerate(media)}
+    first = {}                                              # clip -> the first row that has it
+    for i in found:
+        first.setdefault(clips.examples[i].media, i)
+    media, where = list(first), {m: j for j, m in enumerate(first)}
     text = torch.stack([rows[i]["text"] for i in found])
-    video = torch.stack([rows[next(i for i in found if clips.examples[i].media == m)]["video"] for m in media]) \
-        if len(media) < len(found) else torch.stack([rows[i]["video"] for i in found])
+    video = torch.stack([rows[i]["video"] for i in first.values()])
     target = np.array([where[clips.examples[i].media] for i in found])
     sims = (text @ video.T).numpy()
     rank = np.full(len(rows), math.inf)                     # a missing clip is never found

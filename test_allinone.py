@@ -364,7 +364,7 @@ def test_model_refuses():
             replace(SMALL, **wrong)
     with pytest.raises(UserError, match="heads .*'beam'.* choose from matching"):
         AllInOne(SMALL, ("beam",))
-    model, (frames, words, keep) = ready(), inputs(T=4)
+    model, (frames, words, _) = ready(), inputs(T=4)
     with pytest.raises(ValueError, match="texts of 11 tokens"):
         model(frames, torch.ones(2, 11, dtype=torch.long))
     for T in (0, 5):
