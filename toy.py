@@ -58,20 +58,21 @@ class Scene:
     still. An event is ("moves", way), ("turns", color), ("grows",) or ("shrinks",).
 
     Who moves goes once around: what leaves the picture on one side comes in on the other. A sum over frames, each seen
-    on its own, then tells nothing about the way, whatever it knows of where and when; two frames seen together do.
+    on its own, then tells little about the way, whatever it knows of where and when; two frames seen together tell all.
     """
     things: tuple
     events: tuple
     ground: str
 
     def spans(self):
-        """When each event takes place, in shares of the clip. With two, the middle third is quiet: three frames, one
-        out of each third, then show before, between and after. One turn is early or late, the reverse the other way
-        round, lest the color of the middle frame give away the last."""
+        """When each event takes place, in shares of the clip. Two are around its thirds: three frames, one out of each
+        third, then show before, between and after. One turn is early or late, the reverse the other way round, lest
+        the color of the middle frame give away the last."""
+        early, late = (0.28, 0.38), (0.62, 0.72)
         if len(self.events) == 2:
-            return (0.17, 0.33), (0.67, 0.83)
+            return early, late
         if self.events and self.events[0][0] == "turns":
-            return ((0.17, 0.33) if self.things[0].color < self.events[0][1] else (0.67, 0.83),)
+            return (early if self.things[0].color < self.events[0][1] else late,)
         return ((0.0, 1.0),)
 
     def at(self, when):
@@ -98,26 +99,32 @@ class Scene:
         events, actor = [], self.at(1)[0]
         before = self.things[0].color
         for event in self.events:
-            events.insert(0, ("turns", before) if event[0] == "turns" else tuple(OPPOSITE.get(w, w) for w in event))
+            if event[0] == "turns":
+                events.insert(0, ("turns", before))
+                before = event[1]
+            else:
+                events.insert(0, tuple(OPPOSITE.get(w, w) for w in event))
         return Scene((actor, *self.things[1:]), tuple(events), self.ground)
 
 
 def make_scene(rng, events=None):
     """A random scene; `events` fixes how many. Every scene is as likely as its reverse."""
     pick = lambda names: str(rng.choice(list(names)))
-    if (events or 1 + (rng.random() < 0.1)) == 2:
-        kinds = rng.permutation(["turns", "sizes"])
+    if (events or 1 + (rng.random() < 0.15)) == 2:
+        kinds = ["turns", "turns"] if rng.random() < 0.5 else rng.permutation(["turns", "sizes"])
     else:
         kinds = rng.choice(["moves", "turns", "sizes"], 1, p=[0.8, 0.1, 0.1])
-    (color, other), (x, y), size, acts = rng.permutation(list(COLORS))[:2].tolist(), rng.uniform(-0.15, 0.15, 2), 0.42, []
+    (color, *others), (x, y), size, acts = rng.permutation(list(COLORS)).tolist(), rng.uniform(-0.15, 0.15, 2), 0.42, []
     for kind in kinds:
         if kind == "moves":
             way = pick(WAYS)
-            start = 2 / 3 * rng.integers(-1, 2) + rng.uniform(-0.06, 0.06)
+            away = -1 if way in ("right", "down") else 1    # the side that it leaves: 45 % begin there, a hint that one
+            side = rng.choice([away, 0, -away], p=[0.45, 0.275, 0.275])     # frame can take and that gets learning going
+            start = 2 / 3 * side + rng.uniform(-0.06, 0.06)
             x, y = (start, y) if way in ("left", "right") else (x, start)
             acts.append(("moves", way))
         elif kind == "turns":
-            acts.append(("turns", other))
+            acts.append(("turns", others[len(acts)]))
         else:
             grows = rng.random() < 0.5
             size = 0.32 if grows else 0.32 * 1.7
@@ -164,7 +171,9 @@ def questions(scene):
         ask += [("which color comes first?", color), ("which color comes last?", scene.at(1)[0].color)]
     elif "moves" not in verbs or scene.ground in ("black", "gray"):   # easy: asked less often
         ask += [(f"what color is the {shape}?", color)]
-    if len(verbs) == 2:
+    if verbs == ["turns", "turns"]:
+        ask += [(f"what happens {when}?", f"it {say(scene.events[1])}") for when in (f"after it {say(scene.events[0])}", "last")]
+    elif len(verbs) == 2:
         ask += [("what happens first?", f"it {verbs[0]}"), ("what happens last?", f"it {verbs[1]}")]
     else:
         ask += [("what shape is it?", shape)]
@@ -200,7 +209,7 @@ def write_video(path, scene, fps=15, seconds=2.0, width=64, height=64, codec="mp
 def random_look(rng):
     """Frame rate, length and size of a clip: they vary as in real collections."""
     return dict(fps=int(rng.choice([10, 12, 15, 24, 30])), seconds=float(rng.uniform(1.5, 3)),
-                width=int(rng.choice([56, 60, 64])), height=int(rng.choice([48, 52, 56])))
+                width=int(rng.choice([52, 56, 60])), height=int(rng.choice([52, 56])))
 
 
 def write_picture(path, picture):
@@ -426,7 +435,7 @@ def write_tgif(s):
         once = s.clips(count, 1, split == "Test", wanted=lambda scene: scene.events[0][0] != "turns")
         steps = s.rng.integers(2, 4, len(once) // 2).repeat(2).tolist()                         # the same in a pair
         clips = [(Stepwise(c.things, c.events, c.ground, n), look) for (c, look), n in zip(once, steps)]
-        clips += s.clips(count, 2, split == "Test")
+        clips += s.clips(count, 2, split == "Test", wanted=lambda scene: scene.events[0][0] != scene.events[1][0])
         gifs = s.shoot([f"gifs/tumblr_{s.id(YOUTUBE[:62], 17)}o1_250.gif" for _ in clips],
                        [(scene, look | {"fps": 10, "seconds": 1.6}) for scene, look in clips])
         action, transition, frame = [], [], []
