@@ -1096,6 +1096,7 @@ class Recipe:
     answers: dict = field(default_factory=dict)             # answer -> class, for the tasks with a closed list
     flip: bool = False
     views: int = 1                  # evaluation: V sets of T frames a clip, whose scores are averaged
+    rerank: int = 0                 # evaluation of retrieval: the first K are ordered anew by the matching head
 
 
 class Clips(torch.utils.data.Dataset):

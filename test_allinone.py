@@ -44,7 +44,8 @@ from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_wei
 from data import (BENCHMARKS, Clips, Example, MissingMedia, Mixed, Order, Recipe, VideoError, Words, answer_list,
                   collate, crop, find_media, frame_indices, has_test, hold_out, load_split, loader, pick_frames,
                   read_frames, read_jsonl_file, tint, wordpiece)
-from eval import FINISH, benchmark_table, coverage, embeddings, evaluate, ranks, recall_metrics, report, scores, survey
+from eval import (FINISH, benchmark_table, coverage, embeddings, evaluate, match_odds, ranks, recall_metrics, report,
+                  scores, survey)
 from rolling import roll_groups, roll_loop, roll_tokens
 from train import TASKS, counts, lr_at, parameter_groups
 
@@ -1899,11 +1900,11 @@ def test_nan_scores_rank_last():
     """A model that says NaN finds nothing."""
     assert (ranks(np.full((4, 4), np.nan), np.arange(4)) >= 2.5).all()
 
-def finish(task, examples, rows, words, answers=("red", "blue"), **more):
+def finish(task, examples, rows, words, answers=("red", "blue"), judge=None, **more):
     """FINISH of hand-made rows: lists of logits, (text, video) vectors, or None for a missing clip."""
     names = ("text", "video") if task == "retrieval" else ("logits",)
     rows = [row and {k: torch.tensor(v) for k, v in zip(names, row)} for row in rows]
-    return FINISH[task](None, Clips(examples, "", recipe(words, task, answers=answers)), rows)
+    return FINISH[task](judge, Clips(examples, "", recipe(words, task, answers=answers, **more)), rows)
 
 def test_open_answers_outside_the_list_are_wrong(words):
     """Four questions: right, wrong, unknown answer, missing clip; the released figure leaves the unknown one out."""
@@ -1943,7 +1944,29 @@ def test_missing_clips_are_never_retrieved(words):
     a, b, c = ([1., 0, 0], [0., 1, 0], [0., 0, 1])
     examples = [Example(m, m, captions=("red",)) for m in "abcd"]
     metrics, _ = finish("retrieval", examples, [(a, a), (b, b), (c, c), None], words)
-    assert metrics["text to video R@1"] == 0.75 == metrics["text to video R@5"]
+    assert metrics["text to video R@1"] == 0.75 == metrics["text to video R@5"] == metrics["video to text R@5"]
+
+def test_reranking_orders_the_first_k_and_no_more(words):
+    """Three texts, three clips, K = 2: the first two change places where matching says so; the third stays the third,
+    whatever matching would say of it; matching is asked about the first two of each direction only."""
+    sims = torch.tensor([[.9, .8, .1], [.2, .7, .6], [.5, .4, .3]])
+    odds = np.array([[-2., 3, 9], [0, 1, 1], [-1, -1, 9]], np.float32)
+    examples = [Example(m, m, captions=("red",)) for m in "abc"]
+    asked = []
+    def judge(texts, videos, wanted):
+        asked.append(wanted.tolist())
+        return np.where(wanted, odds, np.nan)
+    rows = [(t, v) for t, v in zip(sims.tolist(), torch.eye(3).tolist())]
+    metrics, records = finish("retrieval", examples, rows, words, judge=judge, rerank=2)
+    assert asked == [[[True, True, False], [False, True, True], [True, True, True]]]        # rows' and columns' first two
+    assert [r["rank"] for r in records] == [2, 1.5, 3]      # the cosines' 1, 1, 3; matching ties on the second text
+    assert [r["top"][0][0] for r in records] == ["b", "b", "a"] and records[0]["top"][0][1] == pytest.approx(.8)
+    assert metrics["text to video R@1"] == 0 and metrics["text to video R@1 by cosine alone"] == 2 / 3
+    assert metrics["video to text MeanR"] == (2 + 2 + 1) / 3        # a: text 2; b: text 0; c: text 2, its own, before 1
+    plain, _ = finish("retrieval", examples, rows, words)
+    assert {f"{k} by cosine alone" for k in plain if "R@" in k} == metrics.keys() - plain.keys()
+    again, _ = finish("retrieval", examples, rows, words, judge=lambda t, v, wanted: sims.numpy(), rerank=3)
+    assert {k: again[k] for k in plain} == plain            # a judge that agrees changes nothing
 
 # ---- eval: the model on a split -------------------------------------------------------------------------------------
 
@@ -1994,6 +2017,28 @@ def test_missing_clips_stop_or_count_as_wrong(world, words, task, head):
     assert metrics["missing"] == 12
     share = metrics[{"vqa": "accuracy", "retrieval": "text to video R@1", "pretrain": "matching accuracy"}[task]]
     assert share <= 4 / 16 and not any(r["correct"] for r in records[4:])
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_matching_scores_only_what_is_wanted_in_small_batches(world, words, views):
+    """Log odds of single runs of the model where they are wanted, NaN elsewhere; never more clips or pairs at a time
+    than `batch`, and every clip is decoded once."""
+    clips = Clips([replace(e, captions=(f"a {'red ' * int(e.id)}ring",)) for e in CLIPS4], world("msrvtt"),
+                  recipe(words, "retrieval", views=views))
+    model, sizes = small_model(words, "matching"), {"embed_frames": [], "fuse": []}
+    wanted = np.array([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], bool)
+    for name, seen in sizes.items():
+        def counted(x, *more, run=getattr(model, name), seen=seen, **how):
+            seen.append(len(x))
+            return run(x, *more, **how)
+        setattr(model, name, counted)
+    odds = match_odds(model, clips, [3, 0, 1], [2, 0, 1, 3], wanted, batch=2)
+    assert max(sum(sizes.values(), [])) == 2 and sum(sizes["embed_frames"]) == 4 * views
+    assert sum(sizes["fuse"]) == wanted.sum() * views and np.array_equal(~np.isnan(odds), wanted)
+    for q, c in np.argwhere(wanted):
+        item, said = clips[None, [2, 0, 1, 3][c]], clips[None, [3, 0, 1][q]]["words"]
+        frames = item["frames"].view(views, 3, 3, 32, 32)
+        logits = model.heads["matching"](model(frames, torch.tensor(said).expand(views, -1)).pooled)
+        assert odds[q, c] == pytest.approx((logits[:, 1] - logits[:, 0]).mean().item(), abs=1e-5)
 
 def test_coverage_and_survey(world):
     """The share of answers in the list; rows, clips, majority; above 1 % missing it stops unless allowed."""
@@ -2098,6 +2143,45 @@ def test_losses_by_hand():
             loss += math.log(sum(math.exp(s) for s in scores)) - scores[i]
     assert close(got["contrast"][0], loss, 1e-6) and got["contrast"][1] == "rows"
 
+def test_hard_negatives_are_others_and_the_similar_ones():
+    """Drawn by similarity among the clips and texts that are not of the row's own clip and do not say the same; a row
+    without any is left out."""
+    torch.manual_seed(0)
+    same = torch.eye(5, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True                          # rows 0 and 1: one clip, or one text
+    sims = torch.zeros(5, 5)
+    sims[2, 4] = sims[3, 2] = 50                            # text 2 is like clip 4, clip 2 like text 3
+    drawn = torch.stack([torch.stack(train.hard_negatives(sims, same)) for _ in range(100)])       # (100, 3, 5)
+    rows, clips, texts = drawn.unbind(1)
+    assert (rows == torch.arange(5)).all() and not same[rows, clips].any() and not same[rows, texts].any()
+    assert (clips[:, 2] == 4).all() and (texts[:, 2] == 3).all() and set(clips[:, 0].tolist()) == {2, 3, 4}
+    same[3], same[:, 3] = True, True
+    rows, clips, texts = train.hard_negatives(sims, same)
+    assert rows.tolist() == [0, 1, 2, 4] and 3 not in {*clips.tolist(), *texts.tolist()}
+    assert all(len(drawn) == 0 for drawn in train.hard_negatives(sims, torch.ones(5, 5, dtype=torch.bool)))
+
+def test_retrieval_loss_by_hand(monkeypatch):
+    """Contrast as in pretraining; matching is the mean of PyTorch's losses of the pair and its two hard negatives. Rows
+    with equal texts, and rows of one clip, are no negatives of each other."""
+    model, b = ready(heads=("contrast", "matching")), made_batch("vqa", range(5), [6, 9, 5, 8, 7])
+    b["words"][1], b["keep"][1] = b["words"][0], b["keep"][0]                               # says the same as row 0
+    b["index"][3] = 2                                                                       # the same clip as row 2
+    asked, drawn = [], (torch.tensor([0, 1, 2, 4]), torch.tensor([4, 2, 0, 3]), torch.tensor([2, 4, 1, 0]))
+    monkeypatch.setattr(train, "hard_negatives", lambda *args: asked.append(args) or drawn)
+    got = TASKS["retrieval"].loss(model, b)
+    text, video = embeddings(model, b)
+    (sims, same), = asked
+    assert close(sims, text @ video.T / 0.05, 1e-4) and not sims.requires_grad
+    assert same.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [2, 3], [3, 2], [3, 3], [4, 4]]
+    pairs = [(i, i, 1) for i in range(5)] + [(4, 0, 0), (2, 1, 0), (0, 2, 0), (3, 4, 0), (0, 2, 0), (1, 4, 0), (2, 1, 0), (4, 0, 0)]
+    loss = 0
+    for clip, said, target in pairs:
+        out = model(b["frames"][clip:clip + 1], b["words"][said:said + 1], b["keep"][said:said + 1])
+        loss += F.cross_entropy(model.heads["matching"](out.pooled), torch.tensor([target]))
+    assert close(got["matching"][0], loss.float() / 3, 1e-4) and got["matching"][1] == "rows"
+    assert got["contrast"] == train.contrast(text, video)["contrast"]
+    assert set(TASKS["retrieval"].loss(ready(heads=("contrast",)), b)) == {"contrast"}
+
 def test_eight_clips_are_learnt_by_heart(world, words):
     """One question, eight clips, eight answers: only the pixels tell, and they suffice for 100 %."""
     examples = [Example(str(n), f"videos/all/video{n}", "what is it?", VOCAB[5 + n]) for n in range(8)]
@@ -2184,6 +2268,15 @@ def test_own_files_train_every_task_and_answer(world, run, tmp_path):
     run("eval", "retrieval/best.pt", *question, "--options", "a", "b", refused="no choice, rank or matching head")
     told = run("train", "--data", "vqa.jsonl", "--init", "pretrain/best.pt", "--out", "tuned")
     assert re.search(r"pretrain/best.pt: loaded \d+/\d+ tensors; new: answer\.", told)
+
+def test_retrieval_with_matching_ranks_anew(world, run):
+    """--rerank trains both losses, eval.py repeats the figures, and --rerank 0 gives those of the cosines alone."""
+    told = run("train", "--task", "retrieval", "--rerank", 3)
+    assert {"contrast", "matching"} < logged("run")[0].keys() and "text to video R@1 by cosine alone" in logged("run")[2]["val"]
+    figures = re.search(r"^test: .*", told, re.M)[0]
+    assert figures in run("eval", "run/best.pt")
+    plain, told = re.search(r"^test: (.*)", run("eval", "run/best.pt", "--rerank", 0), re.M)[1], told.replace(" by cosine alone", "")
+    assert all(part in told for part in plain.split(", ") if "R@" in part) and "MedR" in plain
 
 def test_the_loop_is_a_plain_loop(world, run):
     """Four steps have the losses and end at the weights of a loop written out here, cut into micro-batches or not."""
@@ -2293,7 +2386,7 @@ MISTAKES = [
     ("eval foreign.pt", "foreign.pt is no checkpoint of train.py but ours"),
     ("eval old/best.pt --data noclips", "clips are missing, more than 1 %"),
     ("eval old/best.pt --video none.mp4 --ask what?", "none.mp4: no such file"),
-    pytest.param("eval old/best.pt --benchmark msrvtt --data pairs --allow-missing", "no contrast")]
+    pytest.param("eval old/best.pt --benchmark msrvtt --data pairs --allow-missing", "needs the contrast head that")]
 
 @pytest.mark.parametrize("command, line", MISTAKES)
 def test_mistakes_are_one_line(mistakes, run, monkeypatch, command, line):
