@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from allinone import AllInOne, Config, UserError, read_weights
-from data import (BENCHMARKS, Clips, MissingMedia, Mixed, Recipe, Words, collate, find_media, frame_indices, has_test,
-                  load_split, loader, read_frames)
+from data import (BENCHMARKS, Clips, MissingMedia, Mixed, Recipe, Words, collate, find_media, frame_indices, has_split,
+                  load_split, loader, opens, read_frames)
 
 # ---- metrics: pure functions ----------------------------------------------------------------------------------------
 
@@ -267,21 +267,27 @@ FINISH = {"vqa": finish_answers, "action": finish_answers, "choice": finish_answ
 
 # ---- what is printed ------------------------------------------------------------------------------------------------
 
-def survey(parts, roots, allow_missing=False):
-    """One line on a split: rows, clips listed, found and missing. Raises UserError where more than 1 % are missing."""
-    listed = {(root, e.media) for part, root in zip(parts, roots) for e in part}
-    missing = []
-    for root, media in sorted(listed):
+def survey(parts, roots, allow_missing=False, sample=200):
+    """One line on a split: rows, clips listed, found, missing and unreadable. To open all would take too long: of the found
+    ones every so manieth is opened, `sample` at most; training and evaluation count what else they meet.
+    Raises UserError where more than 1 % are missing, or of those opened more than 1 % unreadable."""
+    listed = sorted({(root, e.media) for part, root in zip(parts, roots) for e in part})
+    found, missing = [], []
+    for root, media in listed:
         try:
-            find_media(root, media)
+            found.append(find_media(root, media))
         except MissingMedia as error:
             missing.append(str(error))
-    if len(missing) > 0.01 * len(listed) and not allow_missing:
-        raise UserError(f"{len(missing)} of {len(listed)} clips are missing, more than 1 %; the first: {missing[0]}; "
-                        "bring them, or pass --allow-missing to go on without them")
+    opened = found[::max(1, math.ceil(len(found) / sample))]
+    unreadable = [f"{path} is empty or cannot be opened" for path in opened if not opens(path)]
+    for bad, all, what in ((missing, listed, "clips are missing"), (unreadable, opened, "clips opened are unreadable")):
+        if len(bad) > 0.01 * len(all) and not allow_missing:
+            raise UserError(f"{len(bad)} of {len(all)} {what}, more than 1 %; the first: {bad[0]}; "
+                            "mend this, or pass --allow-missing to go on without them")
     rows = [e for part in parts for e in part]
     majority = Counter(e.answer for e in rows if isinstance(e.answer, str)).most_common(1)
-    return f"{len(rows)} rows, {len(listed)} clips listed, {len(listed) - len(missing)} found, {len(missing)} missing" \
+    return f"{len(rows)} rows; clips: {len(listed)} listed, {len(found)} found, {len(missing)} missing, {len(unreadable)} unreadable" \
+        + f" (of {len(opened)} opened)" * (len(opened) < len(found)) \
         + "".join(f"; majority answer {answer!r} {n / len(rows):.1%}" for answer, n in majority)
 
 
@@ -453,7 +459,7 @@ def run(args):
         if lacks:
             raise UserError(f"{name} needs {lacks} that {args.checkpoint}, trained for {','.join(trained)}, has not; fine-tune: "
                             f"python train.py --task {bench.task} --benchmark {name} --init {args.checkpoint}")
-        split = "test" if has_test(name, root) else "val"
+        split = "test" if has_split(name, root, "test") else "val"
         rows = load_split(name, root, split)
         train = load_split(name, root, "train") if bench.task in ("vqa", "action") else []
         recipe = Recipe(bench.task, words, bench.join, 1 if bench.still else model.config.frames, model.config.image,

@@ -42,7 +42,7 @@ import train
 from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_weights, read_config, read_weights,
                       resize_positions)
 from data import (BENCHMARKS, Clips, Example, MissingMedia, Mixed, Order, Recipe, VideoError, Words, answer_list,
-                  collate, crop, find_media, frame_indices, has_test, hold_out, load_split, loader, pick_frames,
+                  collate, crop, find_media, frame_indices, has_split, hold_out, load_split, loader, pick_frames,
                   read_frames, read_jsonl_file, tint, wordpiece)
 from eval import (FINISH, benchmark_table, coverage, embeddings, evaluate, match_odds, ranks, recall_metrics, report,
                   scores, survey)
@@ -2040,14 +2040,22 @@ def test_matching_scores_only_what_is_wanted_in_small_batches(world, words, view
         logits = model.heads["matching"](model(frames, torch.tensor(said).expand(views, -1)).pooled)
         assert odds[q, c] == pytest.approx((logits[:, 1] - logits[:, 0]).mean().item(), abs=1e-5)
 
-def test_coverage_and_survey(world):
-    """The share of answers in the list; rows, clips, majority; above 1 % missing it stops unless allowed."""
+def test_coverage_and_survey(world, tmp_path):
+    """The share of answers in the list; rows, clips, majority; above 1 % missing or unreadable it stops unless allowed."""
     assert coverage([Example("", "", answer=a) for a in "aabc"], ["a", "c"]) == 0.75
     root, rows = world("msrvtt"), [*CLIPS4, replace(CLIPS4[0], id="9", answer="blue")]
-    assert survey([rows], [root]) == "5 rows, 4 clips listed, 4 found, 0 missing; majority answer 'red' 80.0%"
+    assert survey([rows], [root]) == ("5 rows; clips: 4 listed, 4 found, 0 missing, 0 unreadable; majority answer 'red' 80.0%")
     with pytest.raises(UserError, match="1 of 5 clips are missing, .*no clip 'none'.*--allow-missing"):
         survey([rows + [Example("x", "none")]], [root])
-    assert "5 clips listed, 4 found, 1 missing" in survey([rows + [Example("x", "none")]], [root], allow_missing=True)
+    assert "clips: 5 listed, 4 found, 1 missing" in survey([rows + [Example("x", "none")]], [root], allow_missing=True)
+    video = Path(find_media(root, CLIPS4[0].media)).read_bytes()
+    write(tmp_path, {"a.mp4": "", "b.mp4": "no video", "c.mp4": video, "d/1.jpg": "", "e/readme.txt": "", "f.mp4": video[:300]})
+    rows = [Example(name, name) for name in "abcdef"]
+    with pytest.raises(UserError, match="4 of 6 clips opened are unreadable, .*a.mp4 is empty or cannot.*--allow-missing"):
+        survey([rows], [str(tmp_path)])
+    assert survey([rows], [str(tmp_path)], True) == "6 rows; clips: 6 listed, 6 found, 0 missing, 4 unreadable"
+    told = survey([rows], [str(tmp_path)], True, sample=3)  # a, c and e
+    assert told == "6 rows; clips: 6 listed, 6 found, 0 missing, 2 unreadable (of 3 opened)"
 
 def record(kind, truth, correct, options=0):
     return {"kind": kind, "truth": truth, "correct": correct, "options": options}
@@ -2229,9 +2237,11 @@ def test_every_benchmark_trains_and_evaluates(world, run, name):
     told = run("train", "--task", task, "--benchmark", name, "--data", root)
     assert [line["step"] for line in logged("run")] == [1, 2, 2] and TASKS[task].metric in logged("run")[2]["val"]
     files = {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
-    if not has_test(name, root):
+    if not has_split(name, root, "test"):
         assert "no test rows here" in told and {f.name for f in Path("run").iterdir()} == files
         return
+    held = f"{name}: val is a held-out slice of train: " in told
+    assert held == ("val" not in BENCHMARKS[name].splits) and "0 missing, 0 unreadable" in told
     figures = re.search(r"^test: .*$(?:\n(?:kind| ?\S*(?: \S+)? +\d+ +\d).*$)*", told, re.M)[0]
     assert figures in run("eval", "run/best.pt", "--predictions", "said.jsonl")
     assert {f.name for f in Path("run").iterdir()} == files | {"test.json"}
@@ -2340,10 +2350,13 @@ def broken_world(world, folder, broken):
         if broken(int(e.media.split("video")[-1])):
             Path(find_media(str(folder), e.media)).write_bytes(b"broken")
 
-def test_clips_that_cannot_be_read(world, run, tmp_path):
-    """Training goes on without unreadable clips only where allowed, says how many, and leaves a list."""
+def test_clips_that_cannot_be_read(world, run, tmp_path, monkeypatch):
+    """Training goes on without unreadable clips only where allowed, says how many, and leaves a list. A look at some
+    clips at the start stops it at once; what is found out later stops it then."""
     broken_world(world, tmp_path / "data", lambda n: n % 3 == 0)
     flags = "train", "--data", "data", "--steps", 11, "--batch", 8
+    run(*flags, refused=r"^train.py: \d+ of 1\d\d clips opened are unreadable, more than 1 %.*--allow-missing")
+    monkeypatch.setattr(eval, "opens", lambda path: True)
     run(*flags, refused=r"^train.py: 1\d training clips cannot be read, more than 1 %; .*video\d+.mp4.*--allow-missing")
     told, bad = run(*flags, "--allow-missing", "--out", "loose"), Path("loose/bad.txt").read_text().splitlines()
     assert f"{len(bad)} training clips could not be read" in told and all("video" in line for line in bad)

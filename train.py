@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from allinone import SIZES, AllInOne, UserError, load_weights, read_config
-from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, has_test, load_split, loader
+from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, has_split, load_split, loader
 from eval import check_numbers, coverage, device_of, embeddings, evaluate, report, scores, survey, to_device, tokenizer_of
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
@@ -269,8 +269,13 @@ def train(args):
 
     # -- data
     bench, roots = BENCHMARKS[names[0]], roots_of(args, names)
-    wanted = ("train", "val", *(("test",) if all(has_test(name, root) for name, root in zip(names, roots)) else ()))
+    wanted = ("train", "val", *(("test",) if all(has_split(name, root, "test") for name, root in zip(names, roots)) else ()))
     splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in wanted}
+    for split in splits:
+        say(f"{split:5s} {survey(splits[split], roots, args.allow_missing)}")
+    for name, root, rows in zip(names, roots, splits["val"]):
+        if not has_split(name, root, "val"):
+            say(f"{name}: val is a held-out slice of train: {len({e.media for e in rows})} clips")
     carried = None if args.tokenizer else tokenizer_of(args.init)
     words = Words.from_json(carried) if carried else Words.load(args.tokenizer or f"{roots[0]}/tokenizer.json")
     answers = []
@@ -329,8 +334,6 @@ def train(args):
     losses_of = torch.compile(losses_of) if args.compile else losses_of
     if world > 1:
         losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=True)
-    for split in splits:
-        say(f"{split:5s} {survey(splits[split], roots, args.allow_missing)}")
     say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.frames} frames, roll {config.roll}, "
         f"on {device}\nbatch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
         f"{total} steps of which {steps_per_epoch} are an epoch; lr {lr:g}")
