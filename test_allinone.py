@@ -1465,35 +1465,37 @@ def test_registry():
 # ---- data: readers, the real rows -----------------------------------------------------------------------------------
 
 HARRY = "1054_Harry_Potter_and_the_prisoner_of_azkaban"
-FILES = """tgif-action test 20 tgifqa/Test_action_question.csv
-tgif-action train 20 tgifqa/Train_action_question.csv
-tgif-transition test 20 tgifqa/Test_transition_question.csv
-tgif-frame test 20 tgifqa/Test_frameqa_question.csv
-tgif-action test 1 tgifqa/clipbert_action_test.jsonl action_test.jsonl
-tgif-frame test 1 tgifqa/clipbert_frameqa_test.jsonl frameqa_test.jsonl
-msrvtt-qa val 2 msrvtt_qa/val_qa.json
-msrvtt-qa train 1 msrvtt_qa/clipbert_train.jsonl msrvtt_qa/train.jsonl
-msvd-qa train 20 msvd_qa/train_qa.json
-tvqa train 1 tvqa/tvqa_train_README_sample.jsonl tvqa_train.jsonl
-msrvtt test 20 msrvtt_retrieval/MSRVTT_JSFUSION_test.csv
-msrvtt test 1 msrvtt_retrieval/clipbert_test.jsonl msrvtt_retrieval/test.jsonl
-didemo val 20 didemo/val_data.json
-didemo test 20 didemo/test_data.json
-activitynet train 20 activitynet/train.json
-activitynet test 20 activitynet/val_1.json
-vcr test 2 vcr/val.jsonl
-webvid test 20 webvid/webvid_validation_success_full.tsv
-webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv
-howto100m train 20 howto100m/-tCQ4tCQdWE.csv howto100m_captions/nVbIUDjzWY4.csv
-hmdb51 train 20 hmdb51/hmdb51_rgb_train_split_1.txt
-hmdb51 test 20 hmdb51/hmdb51_rgb_val_split_1.txt
-k400 test 20 kinetics400/kinetics-400_val.csv
-k400 test 20 kinetics400/kinetics_video_vallist.txt"""
+FILES = """tgif-action test 20 tgifqa/Test_action_question.csv: ACTION4 gifs/tumblr_nk172bbdPI1u1lr18o1_250 flap wings
+tgif-action train 20 tgifqa/Train_action_question.csv: ACTION1 gifs/tumblr_nqc2mbmU2J1uxhtnwo1_400 chew food
+tgif-transition test 20 tgifqa/Test_transition_question.csv: TRANS23 gifs/tumblr_n9y2jhq01L1rts5xfo1_250 sing passionately
+tgif-frame test 20 tgifqa/Test_frameqa_question.csv: FRAMEQA1159 gifs/tumblr_no73q2fm0I1uuf348o1_250 cookie
+tgif-action test 1 tgifqa/clipbert_action_test.jsonl action_test.jsonl: 1 gifs/tumblr_nk172bbdPI1u1lr18o1_250 flap wings
+tgif-frame test 1 tgifqa/clipbert_frameqa_test.jsonl frameqa_test.jsonl: 1 gifs/tumblr_no73q2fm0I1uuf348o1_250 cookie
+msrvtt-qa val 2 msrvtt_qa/val_qa.json: 158581 videos/all/video6513 couch
+msrvtt-qa train 1 msrvtt_qa/clipbert_train.jsonl msrvtt_qa/train.jsonl: 1 videos/all/video6513 couch
+msvd-qa train 20 msvd_qa/train_qa.json: 0 YouTubeClips/-4wsuPCjDBc_5_15 animal
+tvqa train 1 tvqa/tvqa_train_README_sample.jsonl tvqa_train.jsonl: 7 frames_hq/met_frames/met_s06e22_seg01_clip_02 A beer bottle (2, 24)
+msrvtt test 20 msrvtt_retrieval/MSRVTT_JSFUSION_test.csv: ret0 videos/all/video9770 a person is connecting something to system
+msrvtt train 1 msrvtt_retrieval/clipbert_train.jsonl msrvtt_retrieval/train.jsonl: videos/all/video2960 a cartoon animals
+msrvtt test 1 msrvtt_retrieval/clipbert_test.jsonl msrvtt_retrieval/test.jsonl: ret0 videos/all/video9770 a person is connecting something to system
+didemo val 20 didemo/val_data.json: 35034348999@N01_6060447507_dc1a90b8ef the man in the hat briefly bends over the machine
+didemo test 20 didemo/test_data.json: 26292851@N04_4253489686_265c3c8051 someone kicks the bug towards some rocks.
+activitynet train 20 activitynet/train.json: v_QOlSCBRmfWY leads into her dancing. The girl dances
+activitynet test 20 activitynet/val_1.json: v_uqiMw7tQ1Cc videos/v_uqiMw7tQ1Cc is given. The coach helps
+vcr test 2 vcr/val.jsonl: val-1/qa @0 No , person 0 is a visitor .
+webvid test 20 webvid/webvid_validation_success_full.tsv: videos/027701_027750/1053841541 story on top of mountains. young man
+webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv: videos/195501_195550/1007078764 A rotating pandoro
+howto100m train 20 howto100m/-tCQ4tCQdWE.csv howto100m_captions/nVbIUDjzWY4.csv: videos/nVbIUDjzWY4 check pic tonight pick 4.16
+hmdb51 train 20 hmdb51/hmdb51_rgb_train_split_1.txt: hmdb51/Phillies_dad_catches_foul_ball_before_daughter_tosses_it_away_catch_f_cm_np1_ba_bad_0 2
+hmdb51 test 20 hmdb51/hmdb51_rgb_val_split_1.txt: hmdb51/St__Louis_Goalkeeping__Academy_elite_training_jump_f_nm_np1_ri_bad_12 19
+k400 test 20 kinetics400/kinetics-400_val.csv: val/abseiling/0wR5jVB-WPk_000417_000427 0
+k400 test 20 kinetics400/kinetics_video_vallist.txt: val/abseiling/0wR5jVB-WPk 0"""
 
 @pytest.mark.skipif(not os.path.isdir(REAL), reason="the excerpts of the real files are not beside the project")
 @pytest.mark.parametrize("line", FILES.splitlines())
 def test_real_rows(tmp_path, line):
-    """Every excerpt of a real file parses to all its rows."""
+    """Every excerpt of a real file parses to all its rows, the first to what was read off it by eye."""
+    line, meaning = line.split(": ")
     name, split, rows, file, *target = line.split()
     picture = f"lsmdc_{HARRY}/{HARRY}_00.01.46.736-00.01.50.168@0.json"
     copies = {f"vcr/{picture.split('/')[1]}": f"vcr1images/{picture}",
@@ -1506,6 +1508,9 @@ def test_real_rows(tmp_path, line):
     examples = read(name, tmp_path, split)
     assert len(examples) == int(rows) and len({e.id for e in examples}) == len(examples)
     assert all(e.media and (e.text or e.options or e.captions or e.answer is not None) for e in examples)
+    e = examples[0]
+    said = f"{e.id} {e.media} {e.captions or e.options and e.options[e.answer] or e.answer} {e.frames} {e.seconds}"
+    assert all(part in said for part in meaning.split())
 
 # ---- data: words ----------------------------------------------------------------------------------------------------
 
@@ -2079,10 +2084,19 @@ def test_report_knows_the_majority_class():
     lines = report({"accuracy": 1}, [record("", "class 1", True)], [Example("", "", answer=1)], "nowhere")
     assert lines[-1].split()[4] == "100.0%"
 
+def test_figures_are_percent_and_ranks_are_not():
+    """Shares are printed as percent; a median rank of 1 and a count of one clip are not."""
+    metrics = {"text to video R@1": 1.0, "text to video MedR": 1.0, "video to text MeanR": 1.0, "missing": 1}
+    line, = report(metrics, [], [], "nowhere", "val")
+    assert line == "val: text to video R@1 100.00%, text to video MedR 1, video to text MeanR 1, missing 1"
+
 def test_list_names_every_benchmark():
-    """One line each, in the order of the registry, with held-out validation named as such."""
-    lines = benchmark_table()
-    assert [line.split()[0] for line in lines[1:]] == list(BENCHMARKS) and "held out" in lines[1]
+    """One line each, in the order of the registry: held-out validation is named as such, rows, chance, published figure."""
+    lines = dict(zip(BENCHMARKS, benchmark_table()[1:]))
+    assert all(line.split()[0] == name for name, line in lines.items()) and "held out" in lines["tgif-action"]
+    assert re.search(r"158,581 / 12,278 / 72,821 +-  42.9 \(released EVAL.md, OOV dropped; paper 42.5\)", lines["msrvtt-qa"])
+    assert re.search(r"9,000 / held out / 1,000 +0.1%  35.6/62.8/71.3 \(released", lines["msrvtt"])
+    assert re.search(r"122,039 / held out / 15,253 +20.0%  -$", lines["tvqa"])
 
 # ---- train: schedule, parameters, losses ----------------------------------------------------------------------------
 
@@ -2239,6 +2253,7 @@ def test_every_benchmark_trains_and_evaluates(world, run, name):
     files = {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
     if not has_split(name, root, "test"):
         assert "no test rows here" in told and {f.name for f in Path("run").iterdir()} == files
+        assert f"{name} val: " in run("eval", "run/best.pt")
         return
     held = f"{name}: val is a held-out slice of train: " in told
     assert held == ("val" not in BENCHMARKS[name].splits) and "0 missing, 0 unreadable" in told
@@ -2247,6 +2262,48 @@ def test_every_benchmark_trains_and_evaluates(world, run, name):
     assert {f.name for f in Path("run").iterdir()} == files | {"test.json"}
     assert ("\nall " in figures) == (task not in ("retrieval", "pretrain"))
     assert len(open("said.jsonl").readlines()) == (0 if task == "pretrain" else len(load_split(name, root, "test")))
+
+def test_any_task_starts_from_any_other(world, run):
+    """A chain in which every task is once the start and once what is started, over text lengths 40, 80 and 100; the
+    line tells which heads are new, which are left out, and what is resized."""
+    chain, lines = ("webvid", "didemo", "msrvtt-qa", "tvqa", "vcr", "hmdb51", "webvid"), []
+    for i, name in enumerate(chain):
+        start = ("--init", f"{i - 1}/best.pt") if i else ()
+        told = run("train", "--task", BENCHMARKS[name].task, "--benchmark", name, "--data", world(BENCHMARKS[name].dataset),
+                   "--out", i, *start)
+        lines += re.findall(r"^\d/best.pt: loaded .*", told, re.M)
+    heads = [TASKS[BENCHMARKS[name].task].heads for name in chain]
+    assert {task for task in TASKS} == {BENCHMARKS[name].task for name in chain[1:]} and len(lines) == 6
+    for line, old, new in zip(lines, heads, heads[1:]):
+        fresh, out = (re.search(f"; {word}: (.*?)(;|$)", line) for word in ("new", "dropped"))
+        assert {h for h in HEADS if fresh and h in fresh[1]} == {*new} - {*old}, line
+        assert {h for h in HEADS if out and f"no {h} head in this run" in out[1]} == {*old} - {*new}, line
+    sizes = [re.findall(r"word_position (\d+ -> \d+)", line) for line in lines]
+    assert sizes == [["40 -> 80"], ["80 -> 40"], ["40 -> 100"], ["100 -> 40"], [], []]
+
+def test_a_pretrained_checkpoint_is_evaluated_on_everything(world, run):
+    """Trained on two sets at once: each has its figures, or the named one; without further training options are chosen
+    by matching, and clips found by contrast and re-ranked by matching."""
+    run("train", "--task", "pretrain", "--benchmark", "webvid,cc3m", "--data", f"{world('webvid')},{world('cc3m')}", "--contrast")
+    for name in ("msrvtt", "hmdb51"):
+        world(name)                                         # beside webvid: found without --data
+    told = run("eval", "run/best.pt")
+    assert re.findall(r"^(\w+) test: \d+ rows", told, re.M) == ["webvid", "cc3m"] and told.count("matching accuracy") == 2
+    assert re.findall(r"^(\w+) test: \d+ rows", run("eval", "run/best.pt", "--benchmark", "cc3m"), re.M) == ["cc3m"]
+    told = run("eval", "run/best.pt", "--benchmark", "msrvtt-mc", "--predictions", "said.jsonl")
+    assert "; zero-shot, by the matching head" in told and "\nall " in told
+    rows = load_split("msrvtt-mc", world("msrvtt"), "test")
+    said = [json.loads(line) for line in open("said.jsonl")]
+    assert [r["truth"] for r in said] == [e.options[e.answer] for e in rows]
+    model, meta, text = eval.load_model("run/best.pt")
+    clips = Clips(rows, world("msrvtt"), recipe(text, "choice", L=40, join="bare"))
+    for e, r, item in zip(rows[:4], said, (clips[None, i] for i in range(4))):
+        logits = [model.heads["matching"](model(item["frames"][None], torch.tensor([w])).pooled)[0, 1] for w in item["words"]]
+        assert r["prediction"] == e.options[int(torch.stack(logits).argmax())]
+    told = run("eval", "run/best.pt", "--benchmark", "msrvtt", "--rerank", 2)
+    assert "text to video R@1 " in told and "video to text R@10 by cosine alone" in told
+    run("eval", "run/best.pt", "--benchmark", "hmdb51", refused="hmdb51 needs the probe head that run/best.pt, trained for webvid,cc3m,")
+    run("eval", "run/best.pt", "--data", "x", refused="--data names 1 folders for the benchmarks webvid,cc3m")
 
 def own_files(folder):
     """One's own files beside the toy's clips: for each task, a benchmark of that task and the path."""
@@ -2385,7 +2442,9 @@ MISTAKES = [
     ("train --task beam", "invalid choice: 'beam'"), ("train --resume", "run/last.pt is not there; drop --resume"),
     ("train --benchmark none", "--benchmark none: --task vqa knows tgif-frame, msrvtt-qa, msvd-qa"),
     ("train --benchmark msrvtt", "--benchmark msrvtt: --task vqa knows"), ("train --accum 3", "--batch 4 cannot"),
-    ("train --benchmark msrvtt-qa,msvd-qa", "--data names 1 folders for the 2"),
+    ("train --benchmark msrvtt-qa,msvd-qa", "only --task pretrain mixes several"),
+    ("train --task pretrain --benchmark webvid,cc3m", "--data names 1 folders for the 2"),
+    ("train --contrast", "--contrast is for --task pretrain, not vqa"), ("train --rerank 5", "--rerank is for --task retrieval, not"),
     ("train --data nowhere", "no annotations in nowhere.*expected train_qa.json"),
     ("train --data empty", "train_qa.json: Expecting value"), ("train --data my.jsonl", "my.jsonl.*No such file"),
     ("train --data norows", "no rows for 'train' of msrvtt-qa"), ("train --data noclips", "clips are missing, more"),
@@ -2397,6 +2456,7 @@ MISTAKES = [
         "--accum 0", "--steps -1", "--frames -1", "--views 0", "--workers -1", "--device nope", "--lr 0", "--batch 0")),
     ("eval", "no checkpoint given"), ("eval none.pt", "none.pt is not a file"),
     ("eval foreign.pt", "foreign.pt is no checkpoint of train.py but ours"),
+    ("eval old/best.pt --rerank -1", "--rerank -1: a number from 0 on"),
     ("eval old/best.pt --data noclips", "clips are missing, more than 1 %"),
     ("eval old/best.pt --video none.mp4 --ask what?", "none.mp4: no such file"),
     pytest.param("eval old/best.pt --benchmark msrvtt --data pairs --allow-missing", "needs the contrast head that")]
