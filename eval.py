@@ -254,6 +254,7 @@ def pretrain_step(model, batch):
 
 
 def finish_pretrain(judge, clips, rows):
+    """Clips that cannot be read are matched wrongly; their masked words are unknown and not counted."""
     total = {k: sum(row[k].item() for row in rows if row is not None) for k in ("match", "right", "masked")}
     metrics = {"matching accuracy": total["match"] / max(1, len(rows)), "MLM accuracy": total["right"] / max(1, total["masked"])}
     return {"matching + MLM accuracy": sum(metrics.values()) / 2, **metrics}, []
@@ -466,7 +467,8 @@ def run(args):
                         model.config.words, {a: i for i, a in enumerate(meta["answers"])}, views=args.views or meta["views"], rerank=K)
         print(f"{name} {split}: {survey([rows], [root], args.allow_missing)}"
               + ("; zero-shot, by the matching head" if bench.task in ("choice", "vcr") and head != "choice" else ""))
-        metrics, records = evaluate(model, Clips(rows, root, recipe), args.allow_missing, batch=args.batch, workers=args.workers, amp=args.amp)
+        metrics, records = evaluate(model, Clips(rows, root, recipe), args.allow_missing, batch=args.batch,
+                                    workers=args.workers, amp=args.amp)
         print("\n".join(report(metrics, records, train, root, split)))
         said += [json.dumps({k: r[k] for k in ("id", "prediction", "truth", "score")}) + "\n" for r in records]
     if args.predictions:

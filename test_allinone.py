@@ -1475,7 +1475,7 @@ msrvtt-qa val 2 msrvtt_qa/val_qa.json: 158581 videos/all/video6513 couch
 msrvtt-qa train 1 msrvtt_qa/clipbert_train.jsonl msrvtt_qa/train.jsonl: 1 videos/all/video6513 couch
 msvd-qa train 20 msvd_qa/train_qa.json: 0 YouTubeClips/-4wsuPCjDBc_5_15 animal
 tvqa train 1 tvqa/tvqa_train_README_sample.jsonl tvqa_train.jsonl: 7 frames_hq/met_frames/met_s06e22_seg01_clip_02 A beer bottle (2, 24)
-msrvtt test 20 msrvtt_retrieval/MSRVTT_JSFUSION_test.csv: ret0 videos/all/video9770 a person is connecting something to system
+msrvtt test 20 msrvtt_retrieval/MSRVTT_JSFUSION_test.csv: ret0 video9770 connecting something
 msrvtt train 1 msrvtt_retrieval/clipbert_train.jsonl msrvtt_retrieval/train.jsonl: videos/all/video2960 a cartoon animals
 msrvtt test 1 msrvtt_retrieval/clipbert_test.jsonl msrvtt_retrieval/test.jsonl: ret0 videos/all/video9770 a person is connecting something to system
 didemo val 20 didemo/val_data.json: 35034348999@N01_6060447507_dc1a90b8ef the man in the hat briefly bends over the machine
@@ -1484,9 +1484,9 @@ activitynet train 20 activitynet/train.json: v_QOlSCBRmfWY leads into her dancin
 activitynet test 20 activitynet/val_1.json: v_uqiMw7tQ1Cc videos/v_uqiMw7tQ1Cc is given. The coach helps
 vcr test 2 vcr/val.jsonl: val-1/qa @0 No , person 0 is a visitor .
 webvid test 20 webvid/webvid_validation_success_full.tsv: videos/027701_027750/1053841541 story on top of mountains. young man
-webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv: videos/195501_195550/1007078764 A rotating pandoro
+webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv: 195501_195550/1007078764 rotating pandoro
 howto100m train 20 howto100m/-tCQ4tCQdWE.csv howto100m_captions/nVbIUDjzWY4.csv: videos/nVbIUDjzWY4 check pic tonight pick 4.16
-hmdb51 train 20 hmdb51/hmdb51_rgb_train_split_1.txt: hmdb51/Phillies_dad_catches_foul_ball_before_daughter_tosses_it_away_catch_f_cm_np1_ba_bad_0 2
+hmdb51 train 20 hmdb51/hmdb51_rgb_train_split_1.txt: hmdb51/Phillies_dad_catches_foul_ball 2
 hmdb51 test 20 hmdb51/hmdb51_rgb_val_split_1.txt: hmdb51/St__Louis_Goalkeeping__Academy_elite_training_jump_f_nm_np1_ri_bad_12 19
 k400 test 20 kinetics400/kinetics-400_val.csv: val/abseiling/0wR5jVB-WPk_000417_000427 0
 k400 test 20 kinetics400/kinetics_video_vallist.txt: val/abseiling/0wR5jVB-WPk 0"""
@@ -1500,6 +1500,7 @@ def test_real_rows(tmp_path, line):
     picture = f"lsmdc_{HARRY}/{HARRY}_00.01.46.736-00.01.50.168@0.json"
     copies = {f"vcr/{picture.split('/')[1]}": f"vcr1images/{picture}",
               "msvd_qa/youtube_mapping.txt": "youtube_mapping.txt",
+              "msrvtt_retrieval/clipbert_test.jsonl": "msrvtt_retrieval/test.jsonl",
               "kinetics400/kinetics-400_val.csv": "kinetics-400_train.csv",
               "howto100m/HowTo100M_v1_README_rows.csv": "HowTo100M_v1.csv"}
     for source, target in [*copies.items(), (file, (target or [os.path.basename(file)])[0])]:

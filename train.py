@@ -341,8 +341,8 @@ def train(args):
     # -- the loop
     order = Order(groups, batch, args.accum, args.seed, first, rank, world)
     batches = iter(loader(clips["train"], order, args.workers, words.pad))
-    chance = {"vqa": len(answers), "action": len(answers), "choice": len(splits["train"][0][0].options), "vcr": 4, "matching": 2, "mlm": len(words),
-              "contrast": (batch // args.accum) ** 2}       # the sum of two cross-entropies
+    chance = {"vqa": len(answers), "action": len(answers), "choice": len(splits["train"][0][0].options), "vcr": 4,
+              "matching": 2, "mlm": len(words), "contrast": (batch // args.accum) ** 2}     # the sum of two cross-entropies
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                 # a scheduler wants the machine back: save
     log, seen, waited, started = open(out / "metrics.jsonl", "a") if rank == 0 else None, 0, 0.0, time.perf_counter()
