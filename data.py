@@ -26,7 +26,7 @@ import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -105,6 +105,15 @@ def read_frames(path, pick, size=None, place=(0.5, 0.5), zoom=1.2, flip=False):
         raise VideoError(f"{path}: its frames differ in size, they can only be read with a size")
     clip = torch.from_numpy(np.stack([frames[i] for i in numbers]))
     return (clip.flip(3) if flip else clip).contiguous()
+
+
+def opens(path):
+    """Does the file begin like a video or picture, or is there a picture in the folder? Reads a header, decodes nothing."""
+    if os.path.isdir(path):
+        return any(name.lower().endswith(PICTURES) for name in os.listdir(path))
+    with suppress(VideoError), closing(_demux(path)) as packets:
+        return next(packets, None) is not None
+    return False
 
 
 def _demux(path):
@@ -980,7 +989,7 @@ def load_split(name, root, split):
     if split not in (known := OURS if own else {**b.splits, "val": ""}):
         raise UserError(f"{name} has no split {split!r}; it has {' '.join(known)}")
     read = partial(read_own, b.task) if own else b.read
-    held = split != "test" and not (read(root, "val") if own else "val" in b.splits)
+    held = split != "test" and not has_split(name, root, "val")
     examples = hold_out(read(root, "train"), split) if held else read(root, split)
     if not examples:
         raise UserError(f"{root}: no rows for {split!r} of {name}" + own * '; mark some with "split"')
@@ -989,9 +998,9 @@ def load_split(name, root, split):
     return examples
 
 
-def has_test(name, root):
-    """Is there anything to test on? Pre-training sets and one's own .jsonl may have none."""
-    return bool(read_jsonl_file(root, "test")) if root.endswith(".jsonl") else "test" in BENCHMARKS[name].splits
+def has_split(name, root, split):
+    """Do the owners give this split? Some have no val, pre-training sets no test, one's own .jsonl may lack either."""
+    return bool(read_jsonl_file(root, split)) if root.endswith(".jsonl") else split in BENCHMARKS[name].splits
 
 
 # ---- words into tokens ----------------------------------------------------------------------------------------------
@@ -1096,6 +1105,7 @@ class Recipe:
     answers: dict = field(default_factory=dict)             # answer -> class, for the tasks with a closed list
     flip: bool = False
     views: int = 1                  # evaluation: V sets of T frames a clip, whose scores are averaged
+    rerank: int = 0                 # evaluation of retrieval: the first K are ordered anew by the matching head
 
 
 class Clips(torch.utils.data.Dataset):

@@ -11,16 +11,18 @@ import os
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from allinone import AllInOne, Config, UserError, read_weights
-from data import (BENCHMARKS, Clips, MissingMedia, Mixed, Recipe, Words, collate, find_media, frame_indices, load_split,
-                  loader, read_frames)
+from data import (BENCHMARKS, Clips, MissingMedia, Mixed, Recipe, Words, collate, find_media, frame_indices, has_split,
+                  load_split, loader, opens, read_frames)
 
 # ---- metrics: pure functions ----------------------------------------------------------------------------------------
 
@@ -57,6 +59,10 @@ def joint_accuracy(records):
 
 # ---- the model on one batch -----------------------------------------------------------------------------------------
 
+NEEDS = {"vqa": ("answer",), "action": ("probe",), "retrieval": ("contrast",), "pretrain": ("mlm",),
+         "choice": ("choice", "rank", "matching"), "vcr": ("choice", "rank", "matching")}   # heads that will do, the best first
+
+
 def scores(model, task, batch):
     """Answer scores of a batch: (B, A) over the answer list (vqa, action) or over the options (choice, vcr).
     Frames are embedded once for all options. A model without a choice head scores zero-shot by matching."""
@@ -68,7 +74,7 @@ def scores(model, task, batch):
     if task in ("choice", "vcr"):
         B, A, L = words.shape
         pooled = model.fuse(video.repeat_interleave(A, 0), words.flatten(0, 1), keep.flatten(0, 1), first=1).pooled
-        head = next(name for name in ("choice", "rank", "matching") if name in model.heads)
+        head = next(name for name in NEEDS[task] if name in model.heads)
         return model.heads[head](pooled)[:, -1].view(B, A)
     return model.heads["probe" if task == "action" else "answer"](model.fuse(video, words, keep, first=1).pooled)
 
@@ -123,7 +129,7 @@ def evaluate(model, clips, allow_missing=False, **how):
         index, cause = min(errors.items())
         raise UserError(f"{len(errors)} of {len(clips)} clips cannot be read, the first: {cause}; "
                         "mend them, or pass --allow-missing to count them as wrong")
-    metrics, records = FINISH[task](model, clips, rows)
+    metrics, records = FINISH[task](partial(match_odds, model, clips, **how), clips, rows)
     return {**metrics, **({"missing": len(errors)} if errors else {})}, records
 
 
@@ -131,7 +137,7 @@ def answer_step(task):
     return lambda model, batch: {"logits": scores(model, task, batch)}
 
 
-def finish_answers(model, clips, rows):
+def finish_answers(judge, clips, rows):
     """Open-ended questions, actions, options: the best score against the truth."""
     recipe, records = clips.recipe, []
     names = list(recipe.answers)
@@ -162,8 +168,46 @@ def retrieval_step(model, batch):
     return {"text": text, "video": video}
 
 
-def finish_retrieval(model, clips, rows):
-    """Texts against clips by cosine, both directions. A clip that several texts describe counts once as a clip."""
+def match_odds(model, clips, texts, videos, wanted, batch=64, **how):
+    """The matching head's log odds (Q, C) that text q, that of example texts[q], belongs to the clip of example videos[c],
+    where wanted (Q, C); NaN elsewhere. Each clip is decoded and embedded once, `batch` clips, then pairs, at a time."""
+    tokens = [torch.tensor(clips.texts(clips.examples[i], None)["words"][0]) for i in texts]
+    words = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    keep = torch.arange(words.shape[1]) < torch.tensor([len(t) for t in tokens])[:, None]
+
+    def step(model, b):
+        views = b["frames"].unbind(1) if b["frames"].dim() == 6 else [b["frames"]]
+        odds = torch.full((len(views), len(views[0]), len(texts)), math.nan)
+        for v, frames in enumerate(views):
+            video = model.embed_frames(frames)
+            for pairs in torch.from_numpy(wanted.T[b["index"].cpu().numpy()]).nonzero().split(batch):
+                clip, text = pairs.T
+                L = int(keep[text].sum(1).max())
+                said = to_device({"words": words[text, :L], "keep": keep[text, :L]}, video.device)
+                logits = model.heads["matching"](model.fuse(video[clip], **said, first=1).pooled).float().cpu()
+                odds[v, clip, text] = logits[:, 1] - logits[:, 0]
+        return {"odds": odds.mean(0)}
+
+    part = Clips([clips.examples[i] for i in videos], clips.root, clips.recipe)
+    rows, _ = run_split(model, part, step, batch, **how)
+    return torch.stack([row["odds"] if row else torch.full((len(texts),), math.nan) for row in rows], 1).numpy()
+
+
+def highest(scores, K):
+    """(Q, C) bool: the K highest of each row; of equal ones the first."""
+    return np.argsort(np.argsort(-scores, 1, kind="stable"), 1) < K
+
+
+def reranked(scores, odds, K):
+    """Scores (Q, C) whose K highest in each row are ordered by `odds` among themselves. The others stay, and stay below."""
+    top = highest(scores, K)
+    return np.where(top, scores.max(1, keepdims=True) + 1 + odds - np.where(top, odds, math.inf).min(1, keepdims=True), scores)
+
+
+def finish_retrieval(judge, clips, rows):
+    """Texts against clips by cosine, both directions. A clip that several texts describe counts once as a clip.
+    With recipe.rerank the first K of each direction are then ordered by the matching head: these are the metrics, and
+    recalls by cosine alone come last."""
     found = [i for i, row in enumerate(rows) if row is not None]
     if not found:
         raise UserError("not one clip of this split can be read; look at the first with eval.py --video")
@@ -174,15 +218,24 @@ def finish_retrieval(model, clips, rows):
     text = torch.stack([rows[i]["text"] for i in found])
     video = torch.stack([rows[i]["video"] for i in first.values()])
     target = np.array([where[clips.examples[i].media] for i in found])
-    sims = (text @ video.T).numpy()
-    rank = np.full(len(rows), math.inf)                     # a missing clip is never found
-    rank[found] = ranks(sims, target)
-    back = np.full(len(media), math.inf)                    # video to text: the best of its own texts
-    for i, (t, column) in enumerate(zip(target, ranks(sims.T[target], np.arange(len(found))))):
-        back[t] = min(back[t], column)
-    metrics = {**{f"text to video {k}": v for k, v in recall_metrics(rank).items()},
-               **{f"video to text {k}": v for k, v in recall_metrics(back).items()}}
-    order, records = np.argsort(-sims, 1)[:, :5], []
+
+    def measure(by_text, by_clip):
+        rank = np.full(len(rows), math.inf)                 # a missing clip is never found
+        rank[found] = ranks(by_text, target)
+        back = np.full(len({e.media for e in clips.examples}), math.inf)        # video to text: the best of its own texts
+        np.minimum.at(back, target, ranks(by_clip[target], np.arange(len(found))))
+        return rank, {**{f"text to video {k}": v for k, v in recall_metrics(rank).items()},
+                      **{f"video to text {k}": v for k, v in recall_metrics(back).items()}}
+
+    sims = best = (text @ video.T).numpy()
+    rank, metrics = measure(sims, sims.T)
+    if K := clips.recipe.rerank:
+        odds = judge(found, list(first.values()), highest(sims, K) | highest(sims.T, K).T)
+        alone = {f"{name} by cosine alone": v for name, v in metrics.items() if "R@" in name}
+        best = reranked(sims, odds, K)
+        rank, metrics = measure(best, reranked(sims.T, odds.T, K))
+        metrics |= alone
+    order, records = np.argsort(-best, 1)[:, :5], []
     line = {i: n for n, i in enumerate(found)}
     for i, example in enumerate(clips.examples):
         top = [(media[j], round(float(sims[line[i], j]), 6)) for j in order[line[i]]] if i in line else []
@@ -200,7 +253,8 @@ def pretrain_step(model, batch):
     return {"match": match, "right": ((filled == batch["labels"]) & masked).sum(1), "masked": masked.sum(1)}
 
 
-def finish_pretrain(model, clips, rows):
+def finish_pretrain(judge, clips, rows):
+    """Clips that cannot be read are matched wrongly; their masked words are unknown and not counted."""
     total = {k: sum(row[k].item() for row in rows if row is not None) for k in ("match", "right", "masked")}
     metrics = {"matching accuracy": total["match"] / max(1, len(rows)), "MLM accuracy": total["right"] / max(1, total["masked"])}
     return {"matching + MLM accuracy": sum(metrics.values()) / 2, **metrics}, []
@@ -214,21 +268,27 @@ FINISH = {"vqa": finish_answers, "action": finish_answers, "choice": finish_answ
 
 # ---- what is printed ------------------------------------------------------------------------------------------------
 
-def survey(parts, roots, allow_missing=False):
-    """One line on a split: rows, clips listed, found and missing. Raises UserError where more than 1 % are missing."""
-    listed = {(root, e.media) for part, root in zip(parts, roots) for e in part}
-    missing = []
-    for root, media in sorted(listed):
+def survey(parts, roots, allow_missing=False, sample=200):
+    """One line on a split: rows, clips listed, found, missing and unreadable. To open all would take too long: of the found
+    ones every so manieth is opened, `sample` at most; training and evaluation count what else they meet.
+    Raises UserError where more than 1 % are missing, or of those opened more than 1 % unreadable."""
+    listed = sorted({(root, e.media) for part, root in zip(parts, roots) for e in part})
+    found, missing = [], []
+    for root, media in listed:
         try:
-            find_media(root, media)
+            found.append(find_media(root, media))
         except MissingMedia as error:
             missing.append(str(error))
-    if len(missing) > 0.01 * len(listed) and not allow_missing:
-        raise UserError(f"{len(missing)} of {len(listed)} clips are missing, more than 1 %; the first: {missing[0]}; "
-                        "bring them, or pass --allow-missing to go on without them")
+    opened = found[::max(1, math.ceil(len(found) / sample))]
+    unreadable = [f"{path} is empty or cannot be opened" for path in opened if not opens(path)]
+    for bad, all, what in ((missing, listed, "clips are missing"), (unreadable, opened, "clips opened are unreadable")):
+        if len(bad) > 0.01 * len(all) and not allow_missing:
+            raise UserError(f"{len(bad)} of {len(all)} {what}, more than 1 %; the first: {bad[0]}; "
+                            "mend this, or pass --allow-missing to go on without them")
     rows = [e for part in parts for e in part]
     majority = Counter(e.answer for e in rows if isinstance(e.answer, str)).most_common(1)
-    return f"{len(rows)} rows, {len(listed)} clips listed, {len(listed) - len(missing)} found, {len(missing)} missing" \
+    return f"{len(rows)} rows; clips: {len(listed)} listed, {len(found)} found, {len(missing)} missing, {len(unreadable)} unreadable" \
+        + f" (of {len(opened)} opened)" * (len(opened) < len(found)) \
         + "".join(f"; majority answer {answer!r} {n / len(rows):.1%}" for answer, n in majority)
 
 
@@ -238,11 +298,11 @@ def coverage(examples, answers):
     return sum(e.answer in answers for e in examples) / max(1, len(examples))
 
 
-def report(metrics, records, train, root, most=9):
+def report(metrics, records, train, root, split="test", most=9):
     """The lines that end a run: metrics, and for questions the accuracy by kind, beside the chance of guessing among the
     training answers of that kind, the majority answer, and the ceiling of a model blind to the order of frames where
     the data folder states it (order_blind.json, {kind: share})."""
-    lines = ["test: " + ", ".join(f"{k} {v:.2%}" if v <= 1 and k not in ("MedR", "MeanR") else f"{k} {v:g}"
+    lines = [f"{split}: " + ", ".join(f"{k} {v:g}" if k.endswith(("MedR", "MeanR", "missing")) else f"{k} {v:.2%}"
                                   for k, v in metrics.items())]
     if not records or "rank" in records[0]:
         return lines
@@ -361,6 +421,7 @@ def arguments():
     data.add_argument("--data", help="folder of the dataset, or a .jsonl (default: that of the checkpoint)")
     data.add_argument("--predictions", help="write one JSON line per test item: id, prediction, truth, score")
     data.add_argument("--views", type=int, help="sets of frames a clip, scores averaged (default: as trained)")
+    data.add_argument("--rerank", type=int, metavar="K", help="retrieval: the matching head orders the first K anew (default: as trained)")
     data.add_argument("--batch", type=int, default=64, help="clips at a time (default 64)")
     data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="decoding processes (default %(default)s)")
     data.add_argument("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
@@ -377,30 +438,41 @@ def run(args):
         return print("\n".join(benchmark_table()))
     if not args.checkpoint:
         raise UserError("no checkpoint given; train one with python train.py --task vqa, or see python eval.py --list")
-    check_numbers(args, ("views", "batch"), ("workers",))
+    check_numbers(args, ("views", "batch"), ("workers", "rerank"))
     device = device_of(args.device)
     model, meta, words = load_model(args.checkpoint, device)
     if args.video:
         return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options)))
-    name = args.benchmark or meta["benchmarks"][0]
-    root = args.data or (f"{Path(meta['data'][0]).parent}/{BENCHMARKS[name].dataset}" if args.benchmark else meta["data"][0])
-    bench = BENCHMARKS[name]
-    heads = {"vqa": "answer", "action": "probe", "retrieval": "contrast", "pretrain": "mlm"}
-    if bench.task in heads and heads[bench.task] not in model.heads:
-        raise UserError(f"{name} needs the {heads[bench.task]} head and {args.checkpoint}, trained for {meta['task']}, has no "
-                        f"{heads[bench.task]}; fine-tune: python train.py --task {bench.task} --benchmark {name} --init {args.checkpoint}")
-    if bench.task in ("choice", "vcr") and not {"choice", "rank", "matching"} & set(model.heads):
-        raise UserError(f"{name} needs a choice or matching head and {args.checkpoint}, trained for {meta['task']}, has no such; "
-                        f"fine-tune: python train.py --task {bench.task} --benchmark {name} --init {args.checkpoint}")
-    train, test = load_split(name, root, "train"), load_split(name, root, "test")
-    recipe = Recipe(bench.task, words, bench.join, 1 if bench.still else model.config.frames, model.config.image, model.config.words,
-                    {a: i for i, a in enumerate(meta["answers"])}, views=args.views or meta["views"])
-    print(f"{name} test: {survey([test], [root], args.allow_missing)}")
-    metrics, records = evaluate(model, Clips(test, root, recipe), args.allow_missing, batch=args.batch, workers=args.workers, amp=args.amp)
-    print("\n".join(report(metrics, records, train, root)))
+    trained = dict(zip(meta["benchmarks"], meta["data"]))
+    names, beside, said = [args.benchmark] if args.benchmark else list(trained), Path(meta["data"][0]).parent, []
+    roots = args.data.split(",") if args.data else [trained.get(n, f"{beside}/{BENCHMARKS[n].dataset}") for n in names]
+    if len(roots) != len(names):
+        raise UserError(f"--data names {len(roots)} folders for the benchmarks {','.join(names)}; give one each, or --benchmark")
+    if not args.data and str(beside) == "data/toy":
+        from toy import write_world
+        write_world(beside, [BENCHMARKS[name].dataset for name in names])
+    for name, root in zip(names, roots):
+        bench, K = BENCHMARKS[name], meta.get("rerank", 0) if args.rerank is None else args.rerank
+        head = next((head for head in NEEDS[bench.task] if head in model.heads), None)
+        lacks = (f"the {' or '.join(NEEDS[bench.task])} head" if head is None else "the matching head, for --rerank,"
+                 if bench.task == "retrieval" and K and "matching" not in model.heads else "the classes"
+                 if head == "probe" and name not in trained else None)
+        if lacks:
+            raise UserError(f"{name} needs {lacks} that {args.checkpoint}, trained for {','.join(trained)}, has not; fine-tune: "
+                            f"python train.py --task {bench.task} --benchmark {name} --init {args.checkpoint}")
+        split = "test" if has_split(name, root, "test") else "val"
+        rows = load_split(name, root, split)
+        train = load_split(name, root, "train") if bench.task in ("vqa", "action") else []
+        recipe = Recipe(bench.task, words, bench.join, 1 if bench.still else model.config.frames, model.config.image,
+                        model.config.words, {a: i for i, a in enumerate(meta["answers"])}, views=args.views or meta["views"], rerank=K)
+        print(f"{name} {split}: {survey([rows], [root], args.allow_missing)}"
+              + ("; zero-shot, by the matching head" if bench.task in ("choice", "vcr") and head != "choice" else ""))
+        metrics, records = evaluate(model, Clips(rows, root, recipe), args.allow_missing, batch=args.batch,
+                                    workers=args.workers, amp=args.amp)
+        print("\n".join(report(metrics, records, train, root, split)))
+        said += [json.dumps({k: r[k] for k in ("id", "prediction", "truth", "score")}) + "\n" for r in records]
     if args.predictions:
-        Path(args.predictions).write_text("".join(json.dumps({k: r[k] for k in ("id", "prediction", "truth", "score")}) + "\n"
-                                                  for r in records))
+        Path(args.predictions).write_text("".join(said))
 
 
 def main():

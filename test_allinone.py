@@ -42,9 +42,10 @@ import train
 from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_weights, read_config, read_weights,
                       resize_positions)
 from data import (BENCHMARKS, Clips, Example, MissingMedia, Mixed, Order, Recipe, VideoError, Words, answer_list,
-                  collate, crop, find_media, frame_indices, has_test, hold_out, load_split, loader, pick_frames,
+                  collate, crop, find_media, frame_indices, has_split, hold_out, load_split, loader, pick_frames,
                   read_frames, read_jsonl_file, tint, wordpiece)
-from eval import FINISH, benchmark_table, coverage, embeddings, evaluate, ranks, recall_metrics, report, scores, survey
+from eval import (FINISH, benchmark_table, coverage, embeddings, evaluate, match_odds, ranks, recall_metrics, report,
+                  scores, survey)
 from rolling import roll_groups, roll_loop, roll_tokens
 from train import TASKS, counts, lr_at, parameter_groups
 
@@ -1464,39 +1465,42 @@ def test_registry():
 # ---- data: readers, the real rows -----------------------------------------------------------------------------------
 
 HARRY = "1054_Harry_Potter_and_the_prisoner_of_azkaban"
-FILES = """tgif-action test 20 tgifqa/Test_action_question.csv
-tgif-action train 20 tgifqa/Train_action_question.csv
-tgif-transition test 20 tgifqa/Test_transition_question.csv
-tgif-frame test 20 tgifqa/Test_frameqa_question.csv
-tgif-action test 1 tgifqa/clipbert_action_test.jsonl action_test.jsonl
-tgif-frame test 1 tgifqa/clipbert_frameqa_test.jsonl frameqa_test.jsonl
-msrvtt-qa val 2 msrvtt_qa/val_qa.json
-msrvtt-qa train 1 msrvtt_qa/clipbert_train.jsonl msrvtt_qa/train.jsonl
-msvd-qa train 20 msvd_qa/train_qa.json
-tvqa train 1 tvqa/tvqa_train_README_sample.jsonl tvqa_train.jsonl
-msrvtt test 20 msrvtt_retrieval/MSRVTT_JSFUSION_test.csv
-msrvtt test 1 msrvtt_retrieval/clipbert_test.jsonl msrvtt_retrieval/test.jsonl
-didemo val 20 didemo/val_data.json
-didemo test 20 didemo/test_data.json
-activitynet train 20 activitynet/train.json
-activitynet test 20 activitynet/val_1.json
-vcr test 2 vcr/val.jsonl
-webvid test 20 webvid/webvid_validation_success_full.tsv
-webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv
-howto100m train 20 howto100m/-tCQ4tCQdWE.csv howto100m_captions/nVbIUDjzWY4.csv
-hmdb51 train 20 hmdb51/hmdb51_rgb_train_split_1.txt
-hmdb51 test 20 hmdb51/hmdb51_rgb_val_split_1.txt
-k400 test 20 kinetics400/kinetics-400_val.csv
-k400 test 20 kinetics400/kinetics_video_vallist.txt"""
+FILES = """tgif-action test 20 tgifqa/Test_action_question.csv: ACTION4 gifs/tumblr_nk172bbdPI1u1lr18o1_250 flap wings
+tgif-action train 20 tgifqa/Train_action_question.csv: ACTION1 gifs/tumblr_nqc2mbmU2J1uxhtnwo1_400 chew food
+tgif-transition test 20 tgifqa/Test_transition_question.csv: TRANS23 gifs/tumblr_n9y2jhq01L1rts5xfo1_250 sing passionately
+tgif-frame test 20 tgifqa/Test_frameqa_question.csv: FRAMEQA1159 gifs/tumblr_no73q2fm0I1uuf348o1_250 cookie
+tgif-action test 1 tgifqa/clipbert_action_test.jsonl action_test.jsonl: 1 gifs/tumblr_nk172bbdPI1u1lr18o1_250 flap wings
+tgif-frame test 1 tgifqa/clipbert_frameqa_test.jsonl frameqa_test.jsonl: 1 gifs/tumblr_no73q2fm0I1uuf348o1_250 cookie
+msrvtt-qa val 2 msrvtt_qa/val_qa.json: 158581 videos/all/video6513 couch
+msrvtt-qa train 1 msrvtt_qa/clipbert_train.jsonl msrvtt_qa/train.jsonl: 1 videos/all/video6513 couch
+msvd-qa train 20 msvd_qa/train_qa.json: 0 YouTubeClips/-4wsuPCjDBc_5_15 animal
+tvqa train 1 tvqa/tvqa_train_README_sample.jsonl tvqa_train.jsonl: 7 frames_hq/met_frames/met_s06e22_seg01_clip_02 A beer bottle (2, 24)
+msrvtt test 20 msrvtt_retrieval/MSRVTT_JSFUSION_test.csv: ret0 video9770 connecting something
+msrvtt train 1 msrvtt_retrieval/clipbert_train.jsonl msrvtt_retrieval/train.jsonl: videos/all/video2960 a cartoon animals
+msrvtt test 1 msrvtt_retrieval/clipbert_test.jsonl msrvtt_retrieval/test.jsonl: ret0 videos/all/video9770 a person is connecting something to system
+didemo val 20 didemo/val_data.json: 35034348999@N01_6060447507_dc1a90b8ef the man in the hat briefly bends over the machine
+didemo test 20 didemo/test_data.json: 26292851@N04_4253489686_265c3c8051 someone kicks the bug towards some rocks.
+activitynet train 20 activitynet/train.json: v_QOlSCBRmfWY leads into her dancing. The girl dances
+activitynet test 20 activitynet/val_1.json: v_uqiMw7tQ1Cc videos/v_uqiMw7tQ1Cc is given. The coach helps
+vcr test 2 vcr/val.jsonl: val-1/qa @0 No , person 0 is a visitor .
+webvid test 20 webvid/webvid_validation_success_full.tsv: videos/027701_027750/1053841541 story on top of mountains. young man
+webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv: 195501_195550/1007078764 rotating pandoro
+howto100m train 20 howto100m/-tCQ4tCQdWE.csv howto100m_captions/nVbIUDjzWY4.csv: videos/nVbIUDjzWY4 check pic tonight pick 4.16
+hmdb51 train 20 hmdb51/hmdb51_rgb_train_split_1.txt: hmdb51/Phillies_dad_catches_foul_ball 2
+hmdb51 test 20 hmdb51/hmdb51_rgb_val_split_1.txt: hmdb51/St__Louis_Goalkeeping__Academy_elite_training_jump_f_nm_np1_ri_bad_12 19
+k400 test 20 kinetics400/kinetics-400_val.csv: val/abseiling/0wR5jVB-WPk_000417_000427 0
+k400 test 20 kinetics400/kinetics_video_vallist.txt: val/abseiling/0wR5jVB-WPk 0"""
 
 @pytest.mark.skipif(not os.path.isdir(REAL), reason="the excerpts of the real files are not beside the project")
 @pytest.mark.parametrize("line", FILES.splitlines())
 def test_real_rows(tmp_path, line):
-    """Every excerpt of a real file parses to all its rows."""
+    """Every excerpt of a real file parses to all its rows, the first to what was read off it by eye."""
+    line, meaning = line.split(": ")
     name, split, rows, file, *target = line.split()
     picture = f"lsmdc_{HARRY}/{HARRY}_00.01.46.736-00.01.50.168@0.json"
     copies = {f"vcr/{picture.split('/')[1]}": f"vcr1images/{picture}",
               "msvd_qa/youtube_mapping.txt": "youtube_mapping.txt",
+              "msrvtt_retrieval/clipbert_test.jsonl": "msrvtt_retrieval/test.jsonl",
               "kinetics400/kinetics-400_val.csv": "kinetics-400_train.csv",
               "howto100m/HowTo100M_v1_README_rows.csv": "HowTo100M_v1.csv"}
     for source, target in [*copies.items(), (file, (target or [os.path.basename(file)])[0])]:
@@ -1505,6 +1509,9 @@ def test_real_rows(tmp_path, line):
     examples = read(name, tmp_path, split)
     assert len(examples) == int(rows) and len({e.id for e in examples}) == len(examples)
     assert all(e.media and (e.text or e.options or e.captions or e.answer is not None) for e in examples)
+    e = examples[0]
+    said = f"{e.id} {e.media} {e.captions or e.options and e.options[e.answer] or e.answer} {e.frames} {e.seconds}"
+    assert all(part in said for part in meaning.split())
 
 # ---- data: words ----------------------------------------------------------------------------------------------------
 
@@ -1899,11 +1906,11 @@ def test_nan_scores_rank_last():
     """A model that says NaN finds nothing."""
     assert (ranks(np.full((4, 4), np.nan), np.arange(4)) >= 2.5).all()
 
-def finish(task, examples, rows, words, answers=("red", "blue"), **more):
+def finish(task, examples, rows, words, answers=("red", "blue"), judge=None, **more):
     """FINISH of hand-made rows: lists of logits, (text, video) vectors, or None for a missing clip."""
     names = ("text", "video") if task == "retrieval" else ("logits",)
     rows = [row and {k: torch.tensor(v) for k, v in zip(names, row)} for row in rows]
-    return FINISH[task](None, Clips(examples, "", recipe(words, task, answers=answers)), rows)
+    return FINISH[task](judge, Clips(examples, "", recipe(words, task, answers=answers, **more)), rows)
 
 def test_open_answers_outside_the_list_are_wrong(words):
     """Four questions: right, wrong, unknown answer, missing clip; the released figure leaves the unknown one out."""
@@ -1943,7 +1950,29 @@ def test_missing_clips_are_never_retrieved(words):
     a, b, c = ([1., 0, 0], [0., 1, 0], [0., 0, 1])
     examples = [Example(m, m, captions=("red",)) for m in "abcd"]
     metrics, _ = finish("retrieval", examples, [(a, a), (b, b), (c, c), None], words)
-    assert metrics["text to video R@1"] == 0.75 == metrics["text to video R@5"]
+    assert metrics["text to video R@1"] == 0.75 == metrics["text to video R@5"] == metrics["video to text R@5"]
+
+def test_reranking_orders_the_first_k_and_no_more(words):
+    """Three texts, three clips, K = 2: the first two change places where matching says so; the third stays the third,
+    whatever matching would say of it; matching is asked about the first two of each direction only."""
+    sims = torch.tensor([[.9, .8, .1], [.2, .7, .6], [.5, .4, .3]])
+    odds = np.array([[-2., 3, 9], [0, 1, 1], [-1, -1, 9]], np.float32)
+    examples = [Example(m, m, captions=("red",)) for m in "abc"]
+    asked = []
+    def judge(texts, videos, wanted):
+        asked.append(wanted.tolist())
+        return np.where(wanted, odds, np.nan)
+    rows = [(t, v) for t, v in zip(sims.tolist(), torch.eye(3).tolist())]
+    metrics, records = finish("retrieval", examples, rows, words, judge=judge, rerank=2)
+    assert asked == [[[True, True, False], [False, True, True], [True, True, True]]]        # rows' and columns' first two
+    assert [r["rank"] for r in records] == [2, 1.5, 3]      # the cosines' 1, 1, 3; matching ties on the second text
+    assert [r["top"][0][0] for r in records] == ["b", "b", "a"] and records[0]["top"][0][1] == pytest.approx(.8)
+    assert metrics["text to video R@1"] == 0 and metrics["text to video R@1 by cosine alone"] == 2 / 3
+    assert metrics["video to text MeanR"] == (2 + 2 + 1) / 3        # a: text 2; b: text 0; c: text 2, its own, before 1
+    plain, _ = finish("retrieval", examples, rows, words)
+    assert {f"{k} by cosine alone" for k in plain if "R@" in k} == metrics.keys() - plain.keys()
+    again, _ = finish("retrieval", examples, rows, words, judge=lambda t, v, wanted: sims.numpy(), rerank=3)
+    assert {k: again[k] for k in plain} == plain            # a judge that agrees changes nothing
 
 # ---- eval: the model on a split -------------------------------------------------------------------------------------
 
@@ -1995,14 +2024,44 @@ def test_missing_clips_stop_or_count_as_wrong(world, words, task, head):
     share = metrics[{"vqa": "accuracy", "retrieval": "text to video R@1", "pretrain": "matching accuracy"}[task]]
     assert share <= 4 / 16 and not any(r["correct"] for r in records[4:])
 
-def test_coverage_and_survey(world):
-    """The share of answers in the list; rows, clips, majority; above 1 % missing it stops unless allowed."""
+@pytest.mark.parametrize("views", [1, 2])
+def test_matching_scores_only_what_is_wanted_in_small_batches(world, words, views):
+    """Log odds of single runs of the model where they are wanted, NaN elsewhere; never more clips or pairs at a time
+    than `batch`, and every clip is decoded once."""
+    clips = Clips([replace(e, captions=(f"a {'red ' * int(e.id)}ring",)) for e in CLIPS4], world("msrvtt"),
+                  recipe(words, "retrieval", views=views))
+    model, sizes = small_model(words, "matching"), {"embed_frames": [], "fuse": []}
+    wanted = np.array([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], bool)
+    for name, seen in sizes.items():
+        def counted(x, *more, run=getattr(model, name), seen=seen, **how):
+            seen.append(len(x))
+            return run(x, *more, **how)
+        setattr(model, name, counted)
+    odds = match_odds(model, clips, [3, 0, 1], [2, 0, 1, 3], wanted, batch=2)
+    assert max(sum(sizes.values(), [])) == 2 and sum(sizes["embed_frames"]) == 4 * views
+    assert sum(sizes["fuse"]) == wanted.sum() * views and np.array_equal(~np.isnan(odds), wanted)
+    for q, c in np.argwhere(wanted):
+        item, said = clips[None, [2, 0, 1, 3][c]], clips[None, [3, 0, 1][q]]["words"]
+        frames = item["frames"].view(views, 3, 3, 32, 32)
+        logits = model.heads["matching"](model(frames, torch.tensor(said).expand(views, -1)).pooled)
+        assert odds[q, c] == pytest.approx((logits[:, 1] - logits[:, 0]).mean().item(), abs=1e-5)
+
+def test_coverage_and_survey(world, tmp_path):
+    """The share of answers in the list; rows, clips, majority; above 1 % missing or unreadable it stops unless allowed."""
     assert coverage([Example("", "", answer=a) for a in "aabc"], ["a", "c"]) == 0.75
     root, rows = world("msrvtt"), [*CLIPS4, replace(CLIPS4[0], id="9", answer="blue")]
-    assert survey([rows], [root]) == "5 rows, 4 clips listed, 4 found, 0 missing; majority answer 'red' 80.0%"
+    assert survey([rows], [root]) == ("5 rows; clips: 4 listed, 4 found, 0 missing, 0 unreadable; majority answer 'red' 80.0%")
     with pytest.raises(UserError, match="1 of 5 clips are missing, .*no clip 'none'.*--allow-missing"):
         survey([rows + [Example("x", "none")]], [root])
-    assert "5 clips listed, 4 found, 1 missing" in survey([rows + [Example("x", "none")]], [root], allow_missing=True)
+    assert "clips: 5 listed, 4 found, 1 missing" in survey([rows + [Example("x", "none")]], [root], allow_missing=True)
+    video = Path(find_media(root, CLIPS4[0].media)).read_bytes()
+    write(tmp_path, {"a.mp4": "", "b.mp4": "no video", "c.mp4": video, "d/1.jpg": "", "e/readme.txt": "", "f.mp4": video[:300]})
+    rows = [Example(name, name) for name in "abcdef"]
+    with pytest.raises(UserError, match="4 of 6 clips opened are unreadable, .*a.mp4 is empty or cannot.*--allow-missing"):
+        survey([rows], [str(tmp_path)])
+    assert survey([rows], [str(tmp_path)], True) == "6 rows; clips: 6 listed, 6 found, 0 missing, 4 unreadable"
+    told = survey([rows], [str(tmp_path)], True, sample=3)  # a, c and e
+    assert told == "6 rows; clips: 6 listed, 6 found, 0 missing, 2 unreadable (of 3 opened)"
 
 def record(kind, truth, correct, options=0):
     return {"kind": kind, "truth": truth, "correct": correct, "options": options}
@@ -2026,10 +2085,19 @@ def test_report_knows_the_majority_class():
     lines = report({"accuracy": 1}, [record("", "class 1", True)], [Example("", "", answer=1)], "nowhere")
     assert lines[-1].split()[4] == "100.0%"
 
+def test_figures_are_percent_and_ranks_are_not():
+    """Shares are printed as percent; a median rank of 1 and a count of one clip are not."""
+    metrics = {"text to video R@1": 1.0, "text to video MedR": 1.0, "video to text MeanR": 1.0, "missing": 1}
+    line, = report(metrics, [], [], "nowhere", "val")
+    assert line == "val: text to video R@1 100.00%, text to video MedR 1, video to text MeanR 1, missing 1"
+
 def test_list_names_every_benchmark():
-    """One line each, in the order of the registry, with held-out validation named as such."""
-    lines = benchmark_table()
-    assert [line.split()[0] for line in lines[1:]] == list(BENCHMARKS) and "held out" in lines[1]
+    """One line each, in the order of the registry: held-out validation is named as such, rows, chance, published figure."""
+    lines = dict(zip(BENCHMARKS, benchmark_table()[1:]))
+    assert all(line.split()[0] == name for name, line in lines.items()) and "held out" in lines["tgif-action"]
+    assert re.search(r"158,581 / 12,278 / 72,821 +-  42.9 \(released EVAL.md, OOV dropped; paper 42.5\)", lines["msrvtt-qa"])
+    assert re.search(r"9,000 / held out / 1,000 +0.1%  35.6/62.8/71.3 \(released", lines["msrvtt"])
+    assert re.search(r"122,039 / held out / 15,253 +20.0%  -$", lines["tvqa"])
 
 # ---- train: schedule, parameters, losses ----------------------------------------------------------------------------
 
@@ -2098,6 +2166,45 @@ def test_losses_by_hand():
             loss += math.log(sum(math.exp(s) for s in scores)) - scores[i]
     assert close(got["contrast"][0], loss, 1e-6) and got["contrast"][1] == "rows"
 
+def test_hard_negatives_are_others_and_the_similar_ones():
+    """Drawn by similarity among the clips and texts that are not of the row's own clip and do not say the same; a row
+    without any is left out."""
+    torch.manual_seed(0)
+    same = torch.eye(5, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True                          # rows 0 and 1: one clip, or one text
+    sims = torch.zeros(5, 5)
+    sims[2, 4] = sims[3, 2] = 50                            # text 2 is like clip 4, clip 2 like text 3
+    drawn = torch.stack([torch.stack(train.hard_negatives(sims, same)) for _ in range(100)])       # (100, 3, 5)
+    rows, clips, texts = drawn.unbind(1)
+    assert (rows == torch.arange(5)).all() and not same[rows, clips].any() and not same[rows, texts].any()
+    assert (clips[:, 2] == 4).all() and (texts[:, 2] == 3).all() and set(clips[:, 0].tolist()) == {2, 3, 4}
+    same[3], same[:, 3] = True, True
+    rows, clips, texts = train.hard_negatives(sims, same)
+    assert rows.tolist() == [0, 1, 2, 4] and 3 not in {*clips.tolist(), *texts.tolist()}
+    assert all(len(drawn) == 0 for drawn in train.hard_negatives(sims, torch.ones(5, 5, dtype=torch.bool)))
+
+def test_retrieval_loss_by_hand(monkeypatch):
+    """Contrast as in pretraining; matching is the mean of PyTorch's losses of the pair and its two hard negatives. Rows
+    with equal texts, and rows of one clip, are no negatives of each other."""
+    model, b = ready(heads=("contrast", "matching")), made_batch("vqa", range(5), [6, 9, 5, 8, 7])
+    b["words"][1], b["keep"][1] = b["words"][0], b["keep"][0]                               # says the same as row 0
+    b["index"][3] = 2                                                                       # the same clip as row 2
+    asked, drawn = [], (torch.tensor([0, 1, 2, 4]), torch.tensor([4, 2, 0, 3]), torch.tensor([2, 4, 1, 0]))
+    monkeypatch.setattr(train, "hard_negatives", lambda *args: asked.append(args) or drawn)
+    got = TASKS["retrieval"].loss(model, b)
+    text, video = embeddings(model, b)
+    (sims, same), = asked
+    assert close(sims, text @ video.T / 0.05, 1e-4) and not sims.requires_grad
+    assert same.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [2, 3], [3, 2], [3, 3], [4, 4]]
+    pairs = [(i, i, 1) for i in range(5)] + [(4, 0, 0), (2, 1, 0), (0, 2, 0), (3, 4, 0), (0, 2, 0), (1, 4, 0), (2, 1, 0), (4, 0, 0)]
+    loss = 0
+    for clip, said, target in pairs:
+        out = model(b["frames"][clip:clip + 1], b["words"][said:said + 1], b["keep"][said:said + 1])
+        loss += F.cross_entropy(model.heads["matching"](out.pooled), torch.tensor([target]))
+    assert close(got["matching"][0], loss.float() / 3, 1e-4) and got["matching"][1] == "rows"
+    assert got["contrast"] == train.contrast(text, video)["contrast"]
+    assert set(TASKS["retrieval"].loss(ready(heads=("contrast",)), b)) == {"contrast"}
+
 def test_eight_clips_are_learnt_by_heart(world, words):
     """One question, eight clips, eight answers: only the pixels tell, and they suffice for 100 %."""
     examples = [Example(str(n), f"videos/all/video{n}", "what is it?", VOCAB[5 + n]) for n in range(8)]
@@ -2145,14 +2252,59 @@ def test_every_benchmark_trains_and_evaluates(world, run, name):
     told = run("train", "--task", task, "--benchmark", name, "--data", root)
     assert [line["step"] for line in logged("run")] == [1, 2, 2] and TASKS[task].metric in logged("run")[2]["val"]
     files = {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
-    if not has_test(name, root):
+    if not has_split(name, root, "test"):
         assert "no test rows here" in told and {f.name for f in Path("run").iterdir()} == files
+        assert f"{name} val: " in run("eval", "run/best.pt")
         return
+    held = f"{name}: val is a held-out slice of train: " in told
+    assert held == ("val" not in BENCHMARKS[name].splits) and "0 missing, 0 unreadable" in told
     figures = re.search(r"^test: .*$(?:\n(?:kind| ?\S*(?: \S+)? +\d+ +\d).*$)*", told, re.M)[0]
     assert figures in run("eval", "run/best.pt", "--predictions", "said.jsonl")
     assert {f.name for f in Path("run").iterdir()} == files | {"test.json"}
     assert ("\nall " in figures) == (task not in ("retrieval", "pretrain"))
     assert len(open("said.jsonl").readlines()) == (0 if task == "pretrain" else len(load_split(name, root, "test")))
+
+def test_any_task_starts_from_any_other(world, run):
+    """A chain in which every task is once the start and once what is started, over text lengths 40, 80 and 100; the
+    line tells which heads are new, which are left out, and what is resized."""
+    chain, lines = ("webvid", "didemo", "msrvtt-qa", "tvqa", "vcr", "hmdb51", "webvid"), []
+    for i, name in enumerate(chain):
+        start = ("--init", f"{i - 1}/best.pt") if i else ()
+        told = run("train", "--task", BENCHMARKS[name].task, "--benchmark", name, "--data", world(BENCHMARKS[name].dataset),
+                   "--out", i, *start)
+        lines += re.findall(r"^\d/best.pt: loaded .*", told, re.M)
+    heads = [TASKS[BENCHMARKS[name].task].heads for name in chain]
+    assert {task for task in TASKS} == {BENCHMARKS[name].task for name in chain[1:]} and len(lines) == 6
+    for line, old, new in zip(lines, heads, heads[1:]):
+        fresh, out = (re.search(f"; {word}: (.*?)(;|$)", line) for word in ("new", "dropped"))
+        assert {h for h in HEADS if fresh and h in fresh[1]} == {*new} - {*old}, line
+        assert {h for h in HEADS if out and f"no {h} head in this run" in out[1]} == {*old} - {*new}, line
+    sizes = [re.findall(r"word_position (\d+ -> \d+)", line) for line in lines]
+    assert sizes == [["40 -> 80"], ["80 -> 40"], ["40 -> 100"], ["100 -> 40"], [], []]
+
+def test_a_pretrained_checkpoint_is_evaluated_on_everything(world, run):
+    """Trained on two sets at once: each has its figures, or the named one; without further training options are chosen
+    by matching, and clips found by contrast and re-ranked by matching."""
+    run("train", "--task", "pretrain", "--benchmark", "webvid,cc3m", "--data", f"{world('webvid')},{world('cc3m')}", "--contrast")
+    for name in ("msrvtt", "hmdb51"):
+        world(name)                                         # beside webvid: found without --data
+    told = run("eval", "run/best.pt")
+    assert re.findall(r"^(\w+) test: \d+ rows", told, re.M) == ["webvid", "cc3m"] and told.count("matching accuracy") == 2
+    assert re.findall(r"^(\w+) test: \d+ rows", run("eval", "run/best.pt", "--benchmark", "cc3m"), re.M) == ["cc3m"]
+    told = run("eval", "run/best.pt", "--benchmark", "msrvtt-mc", "--predictions", "said.jsonl")
+    assert "; zero-shot, by the matching head" in told and "\nall " in told
+    rows = load_split("msrvtt-mc", world("msrvtt"), "test")
+    said = [json.loads(line) for line in open("said.jsonl")]
+    assert [r["truth"] for r in said] == [e.options[e.answer] for e in rows]
+    model, meta, text = eval.load_model("run/best.pt")
+    clips = Clips(rows, world("msrvtt"), recipe(text, "choice", L=40, join="bare"))
+    for e, r, item in zip(rows[:4], said, (clips[None, i] for i in range(4))):
+        logits = [model.heads["matching"](model(item["frames"][None], torch.tensor([w])).pooled)[0, 1] for w in item["words"]]
+        assert r["prediction"] == e.options[int(torch.stack(logits).argmax())]
+    told = run("eval", "run/best.pt", "--benchmark", "msrvtt", "--rerank", 2)
+    assert "text to video R@1 " in told and "video to text R@10 by cosine alone" in told
+    run("eval", "run/best.pt", "--benchmark", "hmdb51", refused="hmdb51 needs the probe head that run/best.pt, trained for webvid,cc3m,")
+    run("eval", "run/best.pt", "--data", "x", refused="--data names 1 folders for the benchmarks webvid,cc3m")
 
 def own_files(folder):
     """One's own files beside the toy's clips: for each task, a benchmark of that task and the path."""
@@ -2184,6 +2336,15 @@ def test_own_files_train_every_task_and_answer(world, run, tmp_path):
     run("eval", "retrieval/best.pt", *question, "--options", "a", "b", refused="no choice, rank or matching head")
     told = run("train", "--data", "vqa.jsonl", "--init", "pretrain/best.pt", "--out", "tuned")
     assert re.search(r"pretrain/best.pt: loaded \d+/\d+ tensors; new: answer\.", told)
+
+def test_retrieval_with_matching_ranks_anew(world, run):
+    """--rerank trains both losses, eval.py repeats the figures, and --rerank 0 gives those of the cosines alone."""
+    told = run("train", "--task", "retrieval", "--rerank", 3)
+    assert {"contrast", "matching"} < logged("run")[0].keys() and "text to video R@1 by cosine alone" in logged("run")[2]["val"]
+    figures = re.search(r"^test: .*", told, re.M)[0]
+    assert figures in run("eval", "run/best.pt")
+    plain, told = re.search(r"^test: (.*)", run("eval", "run/best.pt", "--rerank", 0), re.M)[1], told.replace(" by cosine alone", "")
+    assert all(part in told for part in plain.split(", ") if "R@" in part) and "MedR" in plain
 
 def test_the_loop_is_a_plain_loop(world, run):
     """Four steps have the losses and end at the weights of a loop written out here, cut into micro-batches or not."""
@@ -2247,10 +2408,13 @@ def broken_world(world, folder, broken):
         if broken(int(e.media.split("video")[-1])):
             Path(find_media(str(folder), e.media)).write_bytes(b"broken")
 
-def test_clips_that_cannot_be_read(world, run, tmp_path):
-    """Training goes on without unreadable clips only where allowed, says how many, and leaves a list."""
+def test_clips_that_cannot_be_read(world, run, tmp_path, monkeypatch):
+    """Training goes on without unreadable clips only where allowed, says how many, and leaves a list. A look at some
+    clips at the start stops it at once; what is found out later stops it then."""
     broken_world(world, tmp_path / "data", lambda n: n % 3 == 0)
     flags = "train", "--data", "data", "--steps", 11, "--batch", 8
+    run(*flags, refused=r"^train.py: \d+ of 1\d\d clips opened are unreadable, more than 1 %.*--allow-missing")
+    monkeypatch.setattr(eval, "opens", lambda path: True)
     run(*flags, refused=r"^train.py: 1\d training clips cannot be read, more than 1 %; .*video\d+.mp4.*--allow-missing")
     told, bad = run(*flags, "--allow-missing", "--out", "loose"), Path("loose/bad.txt").read_text().splitlines()
     assert f"{len(bad)} training clips could not be read" in told and all("video" in line for line in bad)
@@ -2279,7 +2443,9 @@ MISTAKES = [
     ("train --task beam", "invalid choice: 'beam'"), ("train --resume", "run/last.pt is not there; drop --resume"),
     ("train --benchmark none", "--benchmark none: --task vqa knows tgif-frame, msrvtt-qa, msvd-qa"),
     ("train --benchmark msrvtt", "--benchmark msrvtt: --task vqa knows"), ("train --accum 3", "--batch 4 cannot"),
-    ("train --benchmark msrvtt-qa,msvd-qa", "--data names 1 folders for the 2"),
+    ("train --benchmark msrvtt-qa,msvd-qa", "only --task pretrain mixes several"),
+    ("train --task pretrain --benchmark webvid,cc3m", "--data names 1 folders for the 2"),
+    ("train --contrast", "--contrast is for --task pretrain, not vqa"), ("train --rerank 5", "--rerank is for --task retrieval, not"),
     ("train --data nowhere", "no annotations in nowhere.*expected train_qa.json"),
     ("train --data empty", "train_qa.json: Expecting value"), ("train --data my.jsonl", "my.jsonl.*No such file"),
     ("train --data norows", "no rows for 'train' of msrvtt-qa"), ("train --data noclips", "clips are missing, more"),
@@ -2291,9 +2457,10 @@ MISTAKES = [
         "--accum 0", "--steps -1", "--frames -1", "--views 0", "--workers -1", "--device nope", "--lr 0", "--batch 0")),
     ("eval", "no checkpoint given"), ("eval none.pt", "none.pt is not a file"),
     ("eval foreign.pt", "foreign.pt is no checkpoint of train.py but ours"),
+    ("eval old/best.pt --rerank -1", "--rerank -1: a number from 0 on"),
     ("eval old/best.pt --data noclips", "clips are missing, more than 1 %"),
     ("eval old/best.pt --video none.mp4 --ask what?", "none.mp4: no such file"),
-    pytest.param("eval old/best.pt --benchmark msrvtt --data pairs --allow-missing", "no contrast")]
+    pytest.param("eval old/best.pt --benchmark msrvtt --data pairs --allow-missing", "needs the contrast head that")]
 
 @pytest.mark.parametrize("command, line", MISTAKES)
 def test_mistakes_are_one_line(mistakes, run, monkeypatch, command, line):

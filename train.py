@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from allinone import SIZES, AllInOne, UserError, load_weights, read_config
-from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, has_test, load_split, loader
+from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, has_split, load_split, loader
 from eval import check_numbers, coverage, device_of, embeddings, evaluate, report, scores, survey, to_device, tokenizer_of
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
@@ -38,14 +38,17 @@ def answer_loss(task):
     return loss
 
 
-def contrastive_loss(model, batch, temperature=0.05):
-    """Video-text contrast: cross-entropy over rows plus over columns of the cosines, as released (their sum).
-    Differs: with several processes the negatives of all of them count. With --accum, those of one micro-batch only."""
-    text, video = embeddings(model, batch)
+TEMPERATURE = 0.05                                          # of the cosines
+
+
+def contrast(text, video):
+    """Video-text contrast of unit vectors (B, E): cross-entropy over rows plus over columns of the cosines, as released
+    (their sum). With --accum the negatives are those of one micro-batch: a smaller problem, not the same one.
+    Differs: with several processes the negatives of all of them count."""
     (all_text, first), (all_video, _) = gathered(text), gathered(video)
     own = first + torch.arange(len(text), device=text.device)
-    return {"contrast": (F.cross_entropy(text @ all_video.T / temperature, own, reduction="sum")
-                         + F.cross_entropy(video @ all_text.T / temperature, own, reduction="sum"), "rows")}
+    return {"contrast": (F.cross_entropy(text @ all_video.T / TEMPERATURE, own, reduction="sum")
+                         + F.cross_entropy(video @ all_text.T / TEMPERATURE, own, reduction="sum"), "rows")}
 
 
 def gathered(x):
@@ -56,6 +59,34 @@ def gathered(x):
     dist.all_gather_object(sizes, len(x))
     parts = dist.nn.functional.all_gather(F.pad(x, (0, 0, 0, max(sizes) - len(x))))
     return torch.cat([part[:n] for part, n in zip(parts, sizes)]), sum(sizes[:dist.get_rank()])
+
+
+def retrieval_loss(model, batch):
+    """Contrast; with a matching head also matching: each pair, its text with a hard clip, its clip with a hard text, the
+    mean of the three. Hard ones come out of the same micro-batch of the same process: --accum leaves fewer to draw from.
+    Source: ALBEF (2107.07651, section 3.2); the released code has no matching loss in retrieval."""
+    text, video = embeddings(model, batch)
+    losses, words, keep, B = contrast(text, video), batch["words"], batch["keep"], len(text)
+    if "matching" in model.heads:
+        same = (batch["index"][:, None] == batch["index"]) | (words[:, None] == words).all(-1)
+        some, clips, texts = hard_negatives((text @ video.T).detach().float() / TEMPERATURE, same)
+        every = torch.arange(B, device=some.device)
+        clip_of, text_of = torch.cat([every, clips, some]), torch.cat([every, some, texts])
+        pooled = model.fuse(model.embed_frames(batch["frames"])[clip_of], words[text_of], keep[text_of], first=1).pooled
+        target = (torch.arange(len(clip_of), device=some.device) < B).long()
+        losses["matching"] = F.cross_entropy(model.heads["matching"](pooled).float(), target, reduction="sum") / 3, "rows"
+    return losses
+
+
+def hard_negatives(sims, same):
+    """Draw a clip for each text and a text for each clip, the likelier the more similar they are (softmax of sims).
+
+    sims  (B, B) of texts with clips;  same (B, B) bool, symmetric: pairs that are of one clip, or whose texts are equal
+    ->    rows (n,) that have a negative at all; for each a clip (n,) and a text (n,)
+    """
+    rows = (~same).any(1).nonzero()[:, 0]
+    draw = lambda logits: logits.masked_fill(same, -math.inf)[rows].softmax(1).multinomial(1)[:, 0]
+    return rows, draw(sims), draw(sims.T)
 
 
 def pretrain_loss(model, batch):
@@ -70,7 +101,7 @@ def pretrain_loss(model, batch):
     losses = {"matching": (F.cross_entropy(match.float(), batch["target"], reduction="sum"), "rows"),
               "mlm": (F.cross_entropy(filled.float(), batch["labels"][masked], reduction="sum"), "masked")}
     if "contrast" in model.heads:
-        losses |= contrastive_loss(model, {**batch, "words": batch["words"][:, 2], "keep": batch["keep"][:, 2]})
+        losses |= contrast(*embeddings(model, {**batch, "words": batch["words"][:, 2], "keep": batch["keep"][:, 2]}))
     return losses
 
 
@@ -88,7 +119,7 @@ class Task:
 TASKS = {
     "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy"),
     "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy"),
-    "retrieval": Task("msrvtt", ("contrast",), contrastive_loss, "text to video R@1"),
+    "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1"),
     "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR"),
     "pretrain": Task("webvid", ("matching", "mlm"), pretrain_loss, "matching + MLM accuracy"),
     "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy"),
@@ -183,6 +214,8 @@ def arguments(argv=None):
     optim.add_argument("--accum", type=int, default=1, help="micro-batches per process and step (default 1)")
     optim.add_argument("--lr", type=float, help="peak learning rate (default: the task's)")
     optim.add_argument("--contrast", action="store_true", help="pretrain: add the contrastive loss")
+    optim.add_argument("--rerank", type=int, default=0, metavar="K", help="retrieval: add a matching loss with hard negatives; its "
+                       "head orders the first K anew in evaluation (default 0: neither)")
     run.add_argument("--out", help="run folder (default runs/BENCHMARK-SIZE-ROLL-sSEED)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
     run.add_argument("--seed", type=int, default=0, help="default 0")
@@ -213,12 +246,17 @@ def train(args):
     # -- what is asked for: the command line over the task's presets
     task, rank, world = TASKS[args.task], int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    check_numbers(args, ("steps", "epochs", "batch", "accum", "lr", "frames", "views"), ("workers", "seed"))
+    check_numbers(args, ("steps", "epochs", "batch", "accum", "lr", "frames", "views"), ("workers", "seed", "rerank"))
+    for flag, owner in (("contrast", "pretrain"), ("rerank", "retrieval")):
+        if getattr(args, flag) and args.task != owner:
+            raise UserError(f"--{flag} is for --task {owner}, not {args.task}; leave it out")
     device = device_of(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_, **__: None
     names = (args.benchmark or task.benchmark).split(",")
+    if len(names) > 1 and args.task != "pretrain":
+        raise UserError(f"--benchmark {args.benchmark}: only --task pretrain mixes several; choose one")
     for name in names:
         if name not in BENCHMARKS or BENCHMARKS[name].task != args.task:
             raise UserError(f"--benchmark {name}: --task {args.task} knows "
@@ -231,8 +269,13 @@ def train(args):
 
     # -- data
     bench, roots = BENCHMARKS[names[0]], roots_of(args, names)
-    wanted = ("train", "val", *(("test",) if all(has_test(name, root) for name, root in zip(names, roots)) else ()))
+    wanted = ("train", "val", *(("test",) if all(has_split(name, root, "test") for name, root in zip(names, roots)) else ()))
     splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in wanted}
+    for split in splits:
+        say(f"{split:5s} {survey(splits[split], roots, args.allow_missing)}")
+    for name, root, rows in zip(names, roots, splits["val"]):
+        if not has_split(name, root, "val"):
+            say(f"{name}: val is a held-out slice of train: {len({e.media for e in rows})} clips")
     carried = None if args.tokenizer else tokenizer_of(args.init)
     words = Words.from_json(carried) if carried else Words.load(args.tokenizer or f"{roots[0]}/tokenizer.json")
     answers = []
@@ -247,7 +290,7 @@ def train(args):
         answers = [f"class {i}" for i in range(1 + max(e.answer for e in splits["train"][0]))]
 
     # -- model
-    heads = (*task.heads, *(("contrast",) if args.contrast else ()))
+    heads = (*task.heads, *(("contrast",) if args.contrast else ()), *(("matching",) if args.rerank else ()))
     changes = {"vocab": len(words), "words": bench.length, "answers": len(answers),
                **{k: v for k, v in (("frames", args.frames), ("roll", args.roll)) if v}}
     config = read_config(args.init, **changes) if args.init and not args.size else replace(SIZES[size], **changes)
@@ -262,7 +305,7 @@ def train(args):
 
     def clips_of(split):
         recipe = lambda b: Recipe(args.task, words, b.join, 1 if b.still else config.frames, config.image, config.words,
-                                  {a: i for i, a in enumerate(answers)}, b.flip, args.views)
+                                  {a: i for i, a in enumerate(answers)}, b.flip, args.views, args.rerank)
         parts = [Clips(e, root, recipe(BENCHMARKS[n]), args.seed) for e, root, n in zip(splits[split], roots, names)]
         return Mixed(parts) if len(parts) > 1 else parts[0]
 
@@ -274,7 +317,7 @@ def train(args):
     # -- the run folder, and where it left off
     out = Path(args.out or f"runs/{'+'.join(names)}-{size or 'init'}-{config.roll}-s{args.seed}")
     settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr, "batch": batch,
-                "steps": total, "seed": args.seed, "contrast": args.contrast, "amp": args.amp, "views": args.views}
+                "steps": total, "seed": args.seed, "contrast": args.contrast, "amp": args.amp, "views": args.views, "rerank": args.rerank}
     last = open_run(out, settings, args.resume) if rank == 0 or args.resume else None
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, preset["head_lr"]), betas=(0.9, 0.98), fused=True)
     peaks, first, best, bad = [group["lr"] for group in optimizer.param_groups], 0, -math.inf, {}
@@ -286,13 +329,11 @@ def train(args):
         if device.type == "cuda":
             torch.cuda.set_rng_state(last["random"][rank]["cuda"], device)
     about = {"config": asdict(config), "heads": list(heads), "answers": answers, "task": args.task, "benchmarks": names,
-             "data": roots, "tokenizer": words.tokenizer.to_str(), "views": args.views}
+             "data": roots, "tokenizer": words.tokenizer.to_str(), "views": args.views, "rerank": args.rerank}
     losses_of = Losses(model, task)
     losses_of = torch.compile(losses_of) if args.compile else losses_of
     if world > 1:
         losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=True)
-    for split in splits:
-        say(f"{split:5s} {survey(splits[split], roots, args.allow_missing)}")
     say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.frames} frames, roll {config.roll}, "
         f"on {device}\nbatch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
         f"{total} steps of which {steps_per_epoch} are an epoch; lr {lr:g}")
@@ -300,7 +341,8 @@ def train(args):
     # -- the loop
     order = Order(groups, batch, args.accum, args.seed, first, rank, world)
     batches = iter(loader(clips["train"], order, args.workers, words.pad))
-    chance = {"vqa": len(answers), "action": len(answers), "choice": len(splits["train"][0][0].options), "vcr": 4, "matching": 2, "mlm": len(words)}
+    chance = {"vqa": len(answers), "action": len(answers), "choice": len(splits["train"][0][0].options), "vcr": 4,
+              "matching": 2, "mlm": len(words), "contrast": (batch // args.accum) ** 2}     # the sum of two cross-entropies
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                 # a scheduler wants the machine back: save
     log, seen, waited, started = open(out / "metrics.jsonl", "a") if rank == 0 else None, 0, 0.0, time.perf_counter()
@@ -356,7 +398,7 @@ def train(args):
             spent = time.perf_counter() - started
             line = {"step": step + 1, **{k: round(v.item(), 4) for k, v in sums.items()}, "lr": optimizer.param_groups[0]["lr"],
                     "clips_per_s": round(seen / spent, 1), "waiting": round(waited / spent, 3)}
-            text = " | ".join([f"step {step + 1:5d}/{total}", *(f"{k} {v.item():.3f} (chance {math.log(chance.get(k, batch)):.3f})"
+            text = " | ".join([f"step {step + 1:5d}/{total}", *(f"{k} {v.item():.3f} (chance {math.log(chance[k]):.3f})"
                                for k, v in sums.items()), f"lr {line['lr']:.1e}", f"{line['clips_per_s']:.0f} clips/s (waiting for "
                                f"data {line['waiting']:.0%})", f"eta {spent / (step + 1 - first) * (total - step - 1):.0f} s"])
             bar.set_postfix_str(text.split(" | ", 1)[1]) if not bar.disable else say(text, flush=True)
@@ -388,7 +430,7 @@ def train(args):
             say("\n".join(report(metrics, records, splits["train"][0], roots[0])))
     else:
         say("no test rows here: the validation figure is the last")
-    say(f"{time.perf_counter() - started:.0f} s; next: python eval.py {out}/best.pt" + (" --help" if "test" not in splits else ""))
+    say(f"{time.perf_counter() - started:.0f} s; next: python eval.py {out}/best.pt")
     if world > 1:
         dist.destroy_process_group()
 
