@@ -111,21 +111,21 @@ class Task:
     heads: tuple
     loss: callable
     metric: str                     # the best checkpoint has the highest
+    toy: tuple                      # lr, batch and clips seen in all, for the toy size, which starts from nothing
     lr: float = 1e-4                # published fine-tuning, for pre-trained models
     batch: int = 128
     epochs: int = 10
 
 
 TASKS = {
-    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy"),
-    "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy"),
-    "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1"),
-    "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR"),
-    "pretrain": Task("webvid", ("matching", "mlm"), pretrain_loss, "matching + MLM accuracy"),
-    "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy"),
+    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 51_000)),
+    "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy", (6e-4, 16, 8_000)),
+    "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1", (7e-4, 32, 30_000)),
+    "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 16, 8_000)),
+    "pretrain": Task("webvid", ("matching", "mlm"), pretrain_loss, "matching + MLM accuracy", (7e-4, 32, 16_000)),
+    "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy", (7e-4, 32, 16_000)),
 }
-HEAD_LR = 10                                                # heads of a pre-trained model learn so much faster
-TOY = dict(lr=6e-4, batch=16, epochs=4, head_lr=1)         # for the toy size, which starts from nothing: heads x 1
+HEAD_LR = 10                                                # heads of a pre-trained model learn so much faster; 1 at toy size
 
 
 def lr_at(step, total, warmup=0.1):
@@ -262,8 +262,8 @@ def train(args):
             raise UserError(f"--benchmark {name}: --task {args.task} knows "
                             + ", ".join(n for n, b in BENCHMARKS.items() if b.task == args.task))
     size = args.size or (None if args.init else "toy")
-    preset = {"lr": task.lr, "batch": task.batch, "epochs": task.epochs, "head_lr": HEAD_LR, **(TOY if size == "toy" else {})}
-    lr, batch, epochs = (getattr(args, k) or preset[k] for k in ("lr", "batch", "epochs"))
+    lr, batch, shown = task.toy if size == "toy" else (task.lr, task.batch, 0)
+    lr, batch, head_lr = args.lr or lr, args.batch or batch, 1 if size == "toy" else HEAD_LR
     if batch % (world * args.accum):
         raise UserError(f"--batch {batch} cannot be cut into {world} processes x {args.accum} micro-batches of equal size")
 
@@ -312,6 +312,7 @@ def train(args):
     clips = {split: clips_of(split) for split in splits}
     groups = clips["train"].groups if len(names) > 1 else [np.arange(len(clips["train"]))]
     steps_per_epoch = Order(groups, batch, 1, args.seed).steps_per_epoch
+    epochs = args.epochs or (shown / batch / steps_per_epoch if shown else task.epochs)
     total = args.steps or max(1, round(epochs * steps_per_epoch))
 
     # -- the run folder, and where it left off
@@ -319,7 +320,7 @@ def train(args):
     settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr, "batch": batch,
                 "steps": total, "seed": args.seed, "contrast": args.contrast, "amp": args.amp, "views": args.views, "rerank": args.rerank}
     last = open_run(out, settings, args.resume) if rank == 0 or args.resume else None
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, preset["head_lr"]), betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, head_lr), betas=(0.9, 0.98), fused=True)
     peaks, first, best, bad = [group["lr"] for group in optimizer.param_groups], 0, -math.inf, {}
     if last:
         model.load_state_dict(last["model"])
