@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
 import threading
 import time
@@ -1184,7 +1185,8 @@ class Mixed(torch.utils.data.Dataset):
 
 class Order(torch.utils.data.Sampler):
     """Endless micro-batches of (epoch, index) for one process: a pure function of its arguments, so that any step can be
-    reached again. Every global batch is cut into world x accum equal pieces; an epoch's last, short batch is left out."""
+    reached again. Every global batch is cut into accum x world equal pieces, so that the processes' n-th micro-batches are
+    one process's n-th; an epoch's last, short batch is left out."""
 
     def __init__(self, groups, batch, accum, seed, start=0, rank=0, world=1):
         self.groups, self.batch, self.accum, self.seed = groups, batch, accum, seed
@@ -1199,7 +1201,7 @@ class Order(torch.utils.data.Sampler):
                 order = np.resize(rng.permutation(group), max(len(group), self.batch))      # repeats fill a tiny set
                 batches += [order[i:i + self.batch] for i in range(0, len(order) - self.batch + 1, self.batch)]
             for k in rng.permutation(len(batches))[first:]:
-                for piece in np.split(batches[k], self.world * self.accum)[self.rank * self.accum:][:self.accum]:
+                for piece in np.split(batches[k], self.accum * self.world)[self.rank::self.world]:
                     yield [(epoch, int(i)) for i in piece]
             epoch, first = epoch + 1, 0
 
@@ -1278,6 +1280,16 @@ def loader(clips, batches, workers, pad):
 
 def be_nice(worker):
     os.nice(10)
+    if hasattr(signal, "sigwaitinfo"):                      # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_parent_alone, daemon=True).start()
+
+
+def obey_parent_alone():
+    """A scheduler tells all processes of a job to stop; the run needs its workers until it has saved."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def answer_list(examples, size=None):

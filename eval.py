@@ -91,6 +91,32 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+def from_all(thing):
+    """[the first process's thing, the second's, ...], the same list on all of them."""
+    things = [thing]
+    if dist.is_initialized():
+        things = [None] * dist.get_world_size()
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def from_first(make):
+    """make() on the first process alone: what it returns is returned by all, its UserError raised by all."""
+    box = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            box = [make()]
+        except UserError as error:
+            box = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]
+
+
 # ---- a whole split --------------------------------------------------------------------------------------------------
 
 def run_split(model, clips, step, batch=64, workers=0, amp=False):
@@ -110,12 +136,10 @@ def run_split(model, clips, step, batch=64, workers=0, amp=False):
             if "frames" in b:
                 out = {k: v.float().cpu() for k, v in step(model, to_device(b, device)).items()}
                 for j, index in enumerate(b["index"].tolist()):
-                    rows[index] = {k: v[j] for k, v in out.items()}
+                    rows[index] = {k: v[j].clone() for k, v in out.items()}     # a view would be sent with its whole batch
     model.train(training)
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, (rows, errors))
-        rows, errors = {k: v for p in parts for k, v in p[0].items()}, {k: v for p in parts for k, v in p[1].items()}
+    for more, causes in from_all((rows, errors)):
+        rows, errors = rows | more, errors | causes
     return [rows.get(i) for i in range(len(clips))], errors
 
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -31,6 +32,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -882,7 +884,8 @@ def test_pictures_and_folders(tmp_path):
     assert np.array_equal(read_frames(alpha, [0])[0], picture(0).transpose(2, 0, 1))
 
 def test_lies_of_containers(media, tmp_path):
-    """Wrong counts, cut starts, edit lists, dropped XviD pictures, changing sizes: still what decoding gives."""
+    """Wrong counts, cut starts, edit lists, swapped or repeated times, a single frame, dropped XviD pictures, changing
+    sizes: still what decoding gives."""
     path = tmp_path / "count.avi"
     path.write_bytes(media("mpeg4_b.avi").read_bytes())
     patched(path, path.read_bytes().index(b"avih") + 24, "<I", 999)
@@ -905,6 +908,15 @@ def test_lies_of_containers(media, tmp_path):
         packets[20].pts, packets[21].pts = packets[21].pts, packets[20].pts
         return packets
     check_exact(remux(media("vp9.webm"), tmp_path / "swapped.webm", swap))
+
+    def repeat(packets):
+        for j, packet in enumerate(packets):
+            packet.dts -= 100
+            packet.pts = packets[j - 1].pts if j in (20, 21, 40) else packet.pts
+        return packets
+    check_exact(remux(media("vp9.webm"), tmp_path / "repeated.webm", repeat))
+    for name in ("mpeg4.avi", "h264_b.mp4", "vp9.webm", "open_gop.ts", "loop.gif"):
+        check_exact(encode(tmp_path / f"single_{name}", *CLIPS[name], n=1))
     path = tmp_path / "edit.mp4"
     path.write_bytes(media("h264_b.mp4").read_bytes())
     at = path.read_bytes().index(b"elst") + 16                       # past version, count, duration: the first time
@@ -1742,11 +1754,26 @@ def test_order_is_a_pure_function():
 
 @pytest.mark.parametrize("world_size, accum", [(1, 4), (2, 2), (4, 1), (2, 1)])
 def test_order_cuts_one_batch_into_pieces(world_size, accum):
-    """The pieces of all processes and micro-batches are, one after another, the batch of a single process."""
+    """The n-th micro-batches of all processes are, one after another, the n-th of a single process."""
     whole = micro(Order(GROUPS, 4, 1, 5, 2), 9)
     ranks = [micro(Order(GROUPS, 4, accum, 5, 2, rank, world_size), 9 * accum) for rank in range(world_size)]
     for step, batch in enumerate(whole):
-        assert [key for pieces in ranks for piece in pieces[step * accum:(step + 1) * accum] for key in piece] == batch
+        assert [key for n in range(step * accum, (step + 1) * accum) for pieces in ranks for key in pieces[n]] == batch
+
+def test_hostile_files_in_workers(media, words, tmp_path):
+    """Whatever stands where a clip should be, a worker tells it in one line, and reads the next clip."""
+    for name, content in HOSTILE.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.mp4").write_bytes(media("h264_b.mp4").read_bytes())
+    names = ["good.mp4", *HOSTILE, "missing.mp4", "good.mp4"]
+    clips = Clips([Example(name, name, "what?", "red") for name in names], str(tmp_path), recipe(words))
+    start, batches = time.perf_counter(), [[(None, i)] for i in range(len(names))]
+    for i, b in enumerate(loader(clips, batches, 2, words.pad)):
+        if names[i] == "good.mp4":
+            assert len(b["frames"]) == 1 and not b["errors"]
+        else:
+            assert "frames" not in b and names[i].split(".")[0] in b["errors"][i] and "\n" not in b["errors"][i]
+    assert time.perf_counter() - start < 60
 
 def test_mixed_parts_keep_their_own(world, words):
     """Indices count through; each part decodes its own number of frames; what is bad is told by the common index."""
@@ -1821,6 +1848,23 @@ def test_interrupted(tmp_path, monkeypatch):
     before = digest(tmp_path)
     toy.write_world(tmp_path, ["msvd"], seed=1, share=SHARE)
     assert digest(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["msvd"]
+
+def test_no_process_survives_its_parent(tmp_path):
+    """kill -9 of who writes a toy world ends its helpers too."""
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(toy.__file__)!r}); import toy; toy.write_world('toy', ['msvd'])"
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    children = lambda: Path(f"/proc/{writer.pid}/task/{writer.pid}/children").read_text().split()
+    while not children():
+        time.sleep(0.1)
+    pool = children()
+    time.sleep(0.5)
+    writer.kill()
+    writer.wait()
+    for _ in range(300):
+        if not any(os.path.exists(f"/proc/{pid}/exe") for pid in pool):
+            return
+        time.sleep(0.1)
+    assert False, "still there"
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_readable(world, benchmark):
@@ -2189,6 +2233,7 @@ def test_retrieval_loss_by_hand(monkeypatch):
     model, b = ready(heads=("contrast", "matching")), made_batch("vqa", range(5), [6, 9, 5, 8, 7])
     b["words"][1], b["keep"][1] = b["words"][0], b["keep"][0]                               # says the same as row 0
     b["index"][3] = 2                                                                       # the same clip as row 2
+    b["target"].zero_()
     asked, drawn = [], (torch.tensor([0, 1, 2, 4]), torch.tensor([4, 2, 0, 3]), torch.tensor([2, 4, 1, 0]))
     monkeypatch.setattr(train, "hard_negatives", lambda *args: asked.append(args) or drawn)
     got = TASKS["retrieval"].loss(model, b)
@@ -2373,14 +2418,14 @@ def test_the_loop_is_a_plain_loop(world, run):
         assert max((weights[name] - p).abs().mean() for name, p in model.state_dict().items()) < 1e-4
 
 def test_stopped_and_resumed_to_the_bit(run, monkeypatch):
-    """SIGTERM in the middle of an epoch saves and stops; resumed, with workers, dropout and drop path on, the run ends
-    in the very tensors and figures of one that was not stopped."""
+    """SIGTERM to the run and its workers in the middle of an epoch saves and stops; resumed, with workers, dropout and
+    drop path on, the run ends in the very tensors and figures of one that was not stopped."""
     monkeypatch.setitem(SIZES, "toy", replace(SIZES["toy"], layers=2, dropout=0.1, drop_path=0.1))
     flags, schedule = ("--steps", 10, "--batch", 32, "--workers", 2), train.lr_at
     run("train", *flags, "--out", "whole")
     def stopping(step, total):
         if step == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
+            subprocess.run(["kill", *(str(pid) for pid in (os.getpid(), *(p.pid for p in multiprocessing.active_children())))])
         return schedule(step, total)
     monkeypatch.setattr(train, "lr_at", stopping)
     with pytest.raises(SystemExit, match="run/last.pt is at step 9, go on with --resume --out run"):
@@ -2398,8 +2443,84 @@ def test_stopped_and_resumed_to_the_bit(run, monkeypatch):
 def test_a_loss_that_is_no_number_stops(run):
     """Step and examples are named, and no checkpoint holds the broken weights."""
     run("train", "--steps", 3, "--lr", "1e38",
-        refused=r"^train.py: step 1: the loss is nan \(vqa nan\); examples \[(\d+, ){3}\d+\]; lower --lr")
-    assert not Path("run/best.pt").exists() and not Path("run/last.pt").exists()
+        refused=r"^train.py: step 1: the loss is nan \(vqa nan; gradient nan\); examples (\d+, ){3}\d+; lower --lr")
+    assert not Path("run/best.pt").exists() and torch.load("run/last.pt")["step"] == 1
+
+@pytest.mark.parametrize("file", ["last.pt.part", "best.pt.part", "metrics.jsonl"])
+def test_a_full_disk_is_one_line(run, monkeypatch, file):
+    """It says what to do, leaves the last checkpoint whole and nothing half written, and the run goes on once there is room."""
+    schedule, path = train.lr_at, Path("run", file)
+    def filling(step, total):
+        if step == 3:
+            path.rename("log") if path.exists() else None
+            path.symlink_to("/dev/full")
+        return schedule(step, total)
+    monkeypatch.setattr(train, "lr_at", filling)
+    run("train", "--steps", 4, refused=rf"^train.py: run/{file.removesuffix('.part')} cannot be written: No space left on device; "
+        "make room there, or choose another --out; a run that had begun goes on with --resume")
+    assert torch.load("run/last.pt")["step"] == 3 and not [f for f in os.listdir("run") if f.endswith(".part")]
+    if file == "metrics.jsonl":
+        os.replace("log", path)
+    monkeypatch.setattr(train, "lr_at", schedule)
+    run("train", "--steps", 4, "--resume")
+    assert [line["step"] for line in logged("run")] == [1, 2, 3, 4, 4]
+
+def test_a_folder_that_cannot_be_written_is_one_line(run):
+    """Where no folder can be made, before anything is trained; no right to rename, after."""
+    run("train", "--out", "/proc/run", refused="^train.py: /proc/run cannot be written: .*; make room there, or choose another --out")
+    Path("run/best.pt").mkdir(parents=True)
+    run("train", refused="run already holds a run; pass --resume")
+
+KILLER = """
+import os, pathlib, random, shutil, sys, time, traceback
+import torch, train
+train.SIZES["toy"] = train.replace(train.SIZES["toy"], layers=2, dropout=0.1, drop_path=0.1)
+flags, run, random = sys.argv[1:], pathlib.Path("run"), random.Random(0)
+
+def life(out, *more):
+    if (pid := os.fork()) == 0:
+        try:
+            train.train(train.arguments([*flags, "--out", out, *more]))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+def saved():
+    return os.stat("run/last.pt").st_mtime_ns if os.path.exists("run/last.pt") else 0
+
+assert os.waitpid(life("whole"), 0)[1] == 0
+killed = 0
+while killed < 20:
+    before, pid, ended = saved(), life("run", *["--resume"] * (run / "config.json").exists()), 0
+    time.sleep(random.uniform(0, 0.3) if killed % 4 == 0 else 0)                # anywhere, or soon after a save
+    while killed % 4 and saved() == before and not ended:
+        ended = os.waitpid(pid, os.WNOHANG)[0]
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.05))
+    if not ended:
+        os.kill(pid, 9)
+        status = os.waitpid(pid, 0)[1]
+        assert status in (0, 9), status
+        killed += status == 9
+        ended = status == 0
+    for file in run.glob("*.pt"):
+        torch.load(file, weights_only=True)
+    if ended:                                                                   # too fast to be killed: once more
+        shutil.rmtree(run)
+assert os.waitpid(life("run", *["--resume"] * (run / "config.json").exists()), 0)[1] == 0
+"""
+
+def test_killed_twenty_times(world, tmp_path):
+    """kill -9, at random: whatever lies there is whole, --resume goes on, and the run ends as if nothing had happened."""
+    flags = f"--task vqa --data {world('msrvtt')} --steps 60 --batch 4 --workers 0 --device cpu".split()
+    done = subprocess.run([sys.executable, "-c", KILLER, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__)), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for file in ("last.pt", "best.pt"):
+        torch.testing.assert_close(*(torch.load(tmp_path / out / file)["model"] for out in ("run", "whole")), rtol=0, atol=0)
+    assert [line["step"] for line in logged(tmp_path / "run")] == [*range(1, 61), 60]
 
 def broken_world(world, folder, broken):
     """A copy of the toy MSRVTT in which the training clips whose number is broken(number) cannot be read."""
@@ -2440,7 +2561,7 @@ def mistakes(world, tmp_path_factory):
     return folder
 
 MISTAKES = [
-    ("train --task beam", "invalid choice: 'beam'"), ("train --resume", "run/last.pt is not there; drop --resume"),
+    ("train --task beam", "invalid choice: 'beam'"), ("train --resume", "run/config.json is not there; drop --resume"),
     ("train --benchmark none", "--benchmark none: --task vqa knows tgif-frame, msrvtt-qa, msvd-qa"),
     ("train --benchmark msrvtt", "--benchmark msrvtt: --task vqa knows"), ("train --accum 3", "--batch 4 cannot"),
     ("train --benchmark msrvtt-qa,msvd-qa", "only --task pretrain mixes several"),
@@ -2469,6 +2590,124 @@ def test_mistakes_are_one_line(mistakes, run, monkeypatch, command, line):
     before = (mistakes / "old/last.pt").read_bytes()
     run(*command.split(), refused=line)
     assert (mistakes / "old/last.pt").read_bytes() == before and not list(mistakes.glob("run/*.pt"))
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+ALL_TASKS = [("vqa", "--accum", 2), ("retrieval",), ("pretrain", "--contrast", "--accum", 2)]
+DROPOUT = replace(SIZES["toy"], layers=2, dropout=0.1, drop_path=0.1)
+STEPS10 = "--task vqa --data vqa.jsonl --tokenizer tokenizer.json --steps 10 --batch 8 --workers 1 --device cpu --allow-missing --out".split()
+
+def in_float64(task, *flags):
+    """Two steps of train.py in float64, a third of the clips broken -> the gradients of both."""
+    gradients = []
+    class Spy(torch.optim.AdamW):
+        def step(self):
+            gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None])
+            super().step()
+    name = {"vqa": "msrvtt-qa", "retrieval": "msrvtt", "pretrain": "webvid"}[task]
+    flags = ["--task", task, "--benchmark", name, "--data", f"{task}.jsonl", "--tokenizer", "tokenizer.json", "--steps", 2,
+             "--batch", 8, "--workers", 0, "--device", "cpu", "--allow-missing", *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Spy)
+        torch.set_default_dtype(torch.float64)
+        train.train(train.arguments([*map(str, flags)]))
+    torch.set_default_dtype(torch.float32)
+    return gradients
+
+def one_of_two():
+    """What each of the two processes does that torchrun starts for the test below."""
+    dist.init_process_group("gloo")
+    train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: None      # one group for all the runs
+    rank, schedule, SIZES["toy"] = dist.get_rank(), train.lr_at, replace(SIZES["toy"], layers=2)
+    for task, *flags in ALL_TASKS:
+        torch.save(in_float64(task, *flags, "--out", f"{task}2"), f"{task}{rank}.pt")
+    def stopping(step, total):
+        if step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(step, total)
+    SIZES["toy"] = DROPOUT
+    train.train(train.arguments([*STEPS10, "whole"]))
+    train.lr_at = stopping
+    try:
+        train.train(train.arguments([*STEPS10, "stopped"]))
+    except SystemExit as stop:
+        print(stop.code, flush=True)
+    train.lr_at = schedule
+    train.train(train.arguments([*STEPS10, "stopped", "--resume"]))
+
+def torchrun(folder, code):
+    """Two processes of this Python on the CPU that run this code in this folder, as torchrun would start train.py."""
+    (folder / "script.py").write_text(f"import sys\nsys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})\n{code}\n")
+    command = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"
+    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
+
+@pytest.fixture(scope="module")
+def pair(world, tmp_path_factory):
+    """(A folder where two processes have trained, what they printed.)"""
+    folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(world("msrvtt"), folder, dirs_exist_ok=True)
+    own_files(folder)
+    for path in (folder / "videos/all").iterdir():
+        if int(path.stem[5:]) % 3 == 0 and int(path.stem[5:]) < 6513:
+            path.write_bytes(b"broken")
+    done = torchrun(folder, "import test_allinone\ntest_allinone.one_of_two()")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+@pytest.mark.parametrize("task, flags", [(task, flags) for task, *flags in ALL_TASKS], ids=lambda value: str(value))
+def test_two_processes_equal_one(pair, run, monkeypatch, capsys, task, flags):
+    """Losses and gradients of each step, and every figure of validation and test, though clips are missing unequally."""
+    monkeypatch.chdir(pair[0])
+    monkeypatch.setitem(SIZES, "toy", replace(SIZES["toy"], layers=2))
+    alone = in_float64(task, *flags, "--out", f"{task}1")
+    for step in range(2):
+        assert max(p.abs().max() for p in alone[step]) > 1e-3
+        for rank in range(2):
+            assert close(torch.load(f"{task}{rank}.pt")[step], alone[step], 1e-6)
+    for one, two in zip(logged(f"{task}1"), logged(f"{task}2"), strict=True):
+        for name in one.keys() - {"clips_per_s", "waiting"}:
+            assert one[name] == (two[name] if name == "val" else pytest.approx(two[name], abs=1e-6))
+    assert Path(f"{task}1/test.json").read_text() == Path(f"{task}2/test.json").read_text()
+    assert Path(f"{task}1/bad.txt").read_text() == Path(f"{task}2/bad.txt").read_text()
+
+def test_two_processes_lost_whole_micro_batches(pair):
+    """What the test above is worth: one process had a micro-batch without a clip while the other had some."""
+    examples = read_jsonl_file(str(pair[0] / "vqa.jsonl"), "train")
+    broken = [int(e.media.split("video")[-1].split(".")[0]) % 3 == 0 for e in examples]
+    ranks = [micro(Order([np.arange(len(examples))], 8, 2, 0, 0, rank, 2), 4) for rank in range(2)]
+    lost = [[all(broken[i] for _, i in piece) for piece in pieces] for pieces in ranks]
+    assert any(a != b for a, b in zip(*lost))
+
+def test_two_processes_stop_together_and_resume(pair, run, monkeypatch):
+    """Told to stop, one process alone, both save the same step; resumed, they end in the tensors of a run that was not
+    stopped. Only the first prints. One process cannot go on: its random numbers would be others."""
+    folder, told = pair
+    assert told.count("batch: 2 micro x 2 accum x 2 world = 8 global") == 2 and told.count("batch: 4 micro x 1 accum x 2") == 4
+    assert told.count("train.py: told to stop; stopped/last.pt is at step 4, go on with --resume --out stopped") == 1
+    assert told.count("resumed at step 4") == 1 and told.count("\ntest: ") == 5
+    for file in ("last.pt", "best.pt"):
+        whole, again = (torch.load(folder / out / file) for out in ("whole", "stopped"))
+        for key in {"model", "best", "step", "val", "random"} & whole.keys():
+            torch.testing.assert_close(again[key], whole[key], rtol=0, atol=0)
+    assert not torch.equal(*(state["cpu"] for state in torch.load(folder / "whole/last.pt")["random"]))
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(SIZES, "toy", DROPOUT)
+    run("train", *STEPS10, "stopped", "--resume", refused="another run than stopped: processes was 2, now 1; use")
+
+FAILURES = {
+    "one": ("def fail(step, total):\n    if step == 1 and train.dist.get_rank() == 1:\n"
+            "        raise train.UserError('the cause')\n    return 1\ntrain.lr_at = fail", "train.py: the cause"),
+    "all": ("sys.argv += ['--data', 'nowhere']", "train.py: no annotations in nowhere")}
+
+@pytest.mark.parametrize("who", FAILURES)
+def test_a_process_that_fails_ends_the_run(world, tmp_path, who):
+    """Whether one process fails or all do, the run ends soon, not with code 0, and the cause is told once."""
+    code, line = FAILURES[who]
+    flags = f"--task vqa --data {world('msrvtt')} --steps 99 --batch 4 --workers 1 --device cpu".split()
+    start = time.perf_counter()
+    done = torchrun(tmp_path, f"sys.argv += {flags}\nimport train\n{code}\ntrain.main()")
+    assert done.returncode != 0 and done.stderr.count(line) == 1, done.stderr
+    assert time.perf_counter() - start < 60
 
 def test_two_lines_of_the_readme(world, tmp_path):
     """The commands as typed, each in a process of its own: eval.py repeats train.py's figures to the digit."""

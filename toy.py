@@ -16,13 +16,14 @@ import os
 import shutil
 import string
 import tempfile
+import threading
 import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import av
@@ -208,8 +209,8 @@ def write_video(path, scene, fps=15, seconds=2.0, width=64, height=64, codec="mp
 
 def random_look(rng):
     """Frame rate, length and size of a clip: they vary as in real collections."""
-    return dict(fps=int(rng.choice([10, 12, 15, 24, 30])), seconds=float(rng.uniform(1.5, 3)),
-                width=int(rng.choice([52, 56, 60])), height=int(rng.choice([52, 56])))
+    fps, seconds, height = int(rng.choice([10, 12, 15, 24, 30])), float(rng.uniform(1.5, 3)), int(rng.choice([48, 52, 56]))
+    return dict(fps=fps, seconds=seconds, width=height + int(rng.choice([0, 2, 4])), height=height)
 
 
 def write_picture(path, picture):
@@ -676,6 +677,11 @@ def write_order_blind(folder, name):
     (folder / "order_blind.json").write_text(json.dumps(means))
 
 
+def die_with_parent():
+    """In a pool's process: it would wait for work for ever if its parent were killed."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def write_world(root, only=DATASETS, seed=0, share=1):
     """Write the named datasets below root, each in one step: a folder is there whole or not at all.
     share: of the usual number of clips."""
@@ -685,7 +691,7 @@ def write_world(root, only=DATASETS, seed=0, share=1):
         if (root / name).exists():
             continue
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-        with (ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool,
+        with (ProcessPoolExecutor(os.cpu_count(), get_context("fork"), die_with_parent) as pool,
               tqdm(desc=f"toy {name}", unit=" clips", disable=None) as bar):
             def each(make, jobs):
                 bar.total = (bar.total or 0) + len(jobs)

@@ -2,12 +2,14 @@
 
     python train.py --task vqa                                  video questions on the toy world, a few minutes on a CPU
     python train.py --task vqa --data /data/msrvtt --size base --init all-in-one-base.ckpt --tokenizer bert-base-uncased
-    torchrun --nproc_per_node=8 train.py --task pretrain ...    the same on 8 GPUs
+    torchrun --nproc_per_node=8 train.py --task pretrain ...    pre-training on 8 GPUs
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: threads that spin while workers decode cost 2-3 x
 import argparse
 import contextlib
+import io
+import itertools
 import json
 import math
 import signal
@@ -24,8 +26,9 @@ from torch import nn
 from tqdm import tqdm
 
 from allinone import SIZES, AllInOne, UserError, load_weights, read_config
-from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, has_split, load_split, loader
-from eval import check_numbers, coverage, device_of, embeddings, evaluate, report, scores, survey, to_device, tokenizer_of
+from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, collate, has_split, load_split, loader
+from eval import (check_numbers, coverage, device_of, embeddings, evaluate, from_all, from_first, report, scores, survey,
+                  to_device, tokenizer_of)
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
 # A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what it is to be divided by, "rows" or "masked".
@@ -55,8 +58,7 @@ def gathered(x):
     """(the rows of all processes with gradients, where ours begin). Row counts may differ: unreadable clips are left out."""
     if not dist.is_initialized():
         return x, 0
-    sizes = [None] * dist.get_world_size()
-    dist.all_gather_object(sizes, len(x))
+    sizes = from_all(len(x))
     parts = dist.nn.functional.all_gather(F.pad(x, (0, 0, 0, max(sizes) - len(x))))
     return torch.cat([part[:n] for part, n in zip(parts, sizes)]), sum(sizes[:dist.get_rank()])
 
@@ -65,14 +67,16 @@ def retrieval_loss(model, batch):
     """Contrast; with a matching head also matching: each pair, its text with a hard clip, its clip with a hard text, the
     mean of the three. Hard ones come out of the same micro-batch of the same process: --accum leaves fewer to draw from.
     Source: ALBEF (2107.07651, section 3.2); the released code has no matching loss in retrieval."""
-    text, video = embeddings(model, batch)
-    losses, words, keep, B = contrast(text, video), batch["words"], batch["keep"], len(text)
+    real = batch["target"] >= 0                             # see nothing()
+    text, video = (x[real] for x in embeddings(model, batch))
+    losses, words, keep, B = contrast(text, video), batch["words"][real], batch["keep"][real], len(text)
     if "matching" in model.heads:
-        same = (batch["index"][:, None] == batch["index"]) | (words[:, None] == words).all(-1)
+        clip = batch["index"][real]
+        same = (clip[:, None] == clip) | (words[:, None] == words).all(-1)
         some, clips, texts = hard_negatives((text @ video.T).detach().float() / TEMPERATURE, same)
         every = torch.arange(B, device=some.device)
         clip_of, text_of = torch.cat([every, clips, some]), torch.cat([every, some, texts])
-        pooled = model.fuse(model.embed_frames(batch["frames"])[clip_of], words[text_of], keep[text_of], first=1).pooled
+        pooled = model.fuse(model.embed_frames(batch["frames"])[real][clip_of], words[text_of], keep[text_of], first=1).pooled
         target = (torch.arange(len(clip_of), device=some.device) < B).long()
         losses["matching"] = F.cross_entropy(model.heads["matching"](pooled).float(), target, reduction="sum") / 3, "rows"
     return losses
@@ -98,10 +102,11 @@ def pretrain_loss(model, batch):
     match = model.heads["matching"](out.pooled[::2])
     masked = batch["labels"] >= 0
     filled = model.heads["mlm"](out.text[1::2][masked])     # the vocabulary only where a word is masked
-    losses = {"matching": (F.cross_entropy(match.float(), batch["target"], reduction="sum"), "rows"),
+    losses = {"matching": (F.cross_entropy(match.float(), batch["target"], reduction="sum", ignore_index=-1), "rows"),
               "mlm": (F.cross_entropy(filled.float(), batch["labels"][masked], reduction="sum"), "masked")}
     if "contrast" in model.heads:
-        losses |= contrast(*embeddings(model, {**batch, "words": batch["words"][:, 2], "keep": batch["keep"][:, 2]}))
+        both = embeddings(model, {**batch, "words": batch["words"][:, 2], "keep": batch["keep"][:, 2]})
+        losses |= contrast(*(x[batch["target"] >= 0] for x in both))
     return losses
 
 
@@ -118,7 +123,7 @@ class Task:
 
 
 TASKS = {
-    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 51_000)),
+    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 60_000)),
     "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy", (6e-4, 16, 8_000)),
     "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1", (7e-4, 32, 30_000)),
     "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 16, 8_000)),
@@ -160,16 +165,42 @@ def counts(batch):
     return {"rows": int((batch["target"] >= 0).sum()), "masked": int((batch["labels"] >= 0).sum()) if "labels" in batch else 0}
 
 
+def nothing(clips, pad):
+    """A batch of one black clip that counts for nothing: no target, no masked word. It stands in for one whose clips cannot
+    be read, not one of them, because all processes must take the same steps."""
+    clips = clips.parts[0] if isinstance(clips, Mixed) else clips
+    item, (T, R) = clips.texts(clips.examples[0], None), (clips.recipe.T, clips.recipe.R)
+    item |= {"index": 0, "target": None, "frames": torch.zeros(T, 3, R, R, dtype=torch.uint8)}
+    return collate([item | {"labels": []} if "labels" in item else item], pad)
+
+
 # ---- run folders ----------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def writing(path):
+    """Whatever hinders writing becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room there, or choose another --out; a run that had "
+                        "begun goes on with --resume") from None
+
+
 def save(path, content):
-    """Write beside, flush to the disk, rename: whatever happens, `path` is a whole checkpoint or the one before."""
-    work = f"{path}.part"
-    with open(work, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(work, path)
+    """Write beside, flush to the disk, rename: whatever happens, `path` is whole, the new one or the one before.
+    content: a text, or what torch.save takes."""
+    work, whole = Path(f"{path}.part"), io.BytesIO()        # through memory: torch.save to a full disk does not say so
+    whole.write(content.encode()) if isinstance(content, str) else torch.save(content, whole)
+    with writing(path):
+        try:
+            with open(work, "wb") as file:
+                file.write(whole.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(work, path)
+        except OSError:
+            work.unlink(missing_ok=True)
+            raise
 
 
 def random_state(device):
@@ -177,19 +208,25 @@ def random_state(device):
 
 
 def open_run(out, settings, resume):
-    """The run folder: made new, or for `resume` found with the same settings. -> the last checkpoint, or None."""
-    last, config = out / "last.pt", out / "config.json"
+    """The run folder: made new, or for `resume` found with the same settings. -> the last checkpoint, or None where there is
+    none yet. What was logged after it is forgotten: it will come again."""
+    last, config, checkpoint = out / "last.pt", out / "config.json", None
     if resume:
-        if not last.exists():
-            raise UserError(f"--resume: {last} is not there; drop --resume to begin, or name the run's folder with --out")
+        if not config.exists():
+            raise UserError(f"--resume: {config} is not there; drop --resume to begin, or name the run's folder with --out")
         before = json.loads(config.read_text())
         if different := [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]:
             raise UserError(f"--resume: another run than {out}: {'; '.join(different)}; use the same flags, or another --out")
-        return torch.load(last, map_location="cpu", weights_only=True)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    config.write_text(json.dumps(settings, indent=1))
+        checkpoint = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
+    else:
+        with writing(out):
+            if out.exists() and any(file.suffix != ".part" for file in out.iterdir()):
+                raise UserError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
+            out.mkdir(parents=True, exist_ok=True)
+        save(config, json.dumps(settings, indent=1))
+    with writing(out / "metrics.jsonl"), open(out / "metrics.jsonl", "ab") as log:
+        log.truncate(min(log.tell(), checkpoint["logged"]) if checkpoint else 0)
+    return checkpoint
 
 
 # ---- python train.py ------------------------------------------------------------------------------------------------
@@ -235,10 +272,11 @@ def roots_of(args, names):
             raise UserError(f"--data names {len(roots)} folders for the {len(names)} benchmarks {','.join(names)}; give one each")
         return roots
     from toy import write_world
-    if int(os.environ.get("RANK", 0)) == 0:
-        write_world("data/toy", {BENCHMARKS[name].dataset for name in names})
-    if dist.is_initialized():
-        dist.barrier()
+
+    def make():
+        with writing("data/toy"):
+            write_world("data/toy", {BENCHMARKS[name].dataset for name in names})
+    from_first(make)
     return [f"data/toy/{BENCHMARKS[name].dataset}" for name in names]
 
 
@@ -250,8 +288,10 @@ def train(args):
     for flag, owner in (("contrast", "pretrain"), ("rerank", "retrieval")):
         if getattr(args, flag) and args.task != owner:
             raise UserError(f"--{flag} is for --task {owner}, not {args.task}; leave it out")
-    device = device_of(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
+    device = device_of(f"cuda:{local}" if args.device in (None, "cuda") and torch.cuda.is_available() else args.device)
     if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)                   # NCCL sends objects through the current one
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_, **__: None
     names = (args.benchmark or task.benchmark).split(",")
@@ -299,6 +339,8 @@ def train(args):
     if args.init:
         say(f"{args.init}: {load_weights(model, args.init, answers)}")
     model.checkpointing = args.checkpointing
+    if rank:                                                # the same weights everywhere, dropout of each one's own
+        torch.manual_seed(args.seed + rank)
     if args.task == "action":                               # a linear probe: the backbone stays as it is
         for name, p in model.named_parameters():
             p.requires_grad = name.startswith("heads.")
@@ -318,8 +360,9 @@ def train(args):
     # -- the run folder, and where it left off
     out = Path(args.out or f"runs/{'+'.join(names)}-{size or 'init'}-{config.roll}-s{args.seed}")
     settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr, "batch": batch,
-                "steps": total, "seed": args.seed, "contrast": args.contrast, "amp": args.amp, "views": args.views, "rerank": args.rerank}
-    last = open_run(out, settings, args.resume) if rank == 0 or args.resume else None
+                "accum": args.accum, "processes": world, "device": device.type, "steps": total, "seed": args.seed,
+                "contrast": args.contrast, "amp": args.amp, "views": args.views, "rerank": args.rerank}
+    last = from_first(lambda: open_run(out, settings, args.resume))
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, head_lr), betas=(0.9, 0.98), fused=True)
     peaks, first, best, bad = [group["lr"] for group in optimizer.param_groups], 0, -math.inf, {}
     if last:
@@ -329,12 +372,14 @@ def train(args):
         torch.set_rng_state(last["random"][rank]["cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(last["random"][rank]["cuda"], device)
+    if args.resume:
+        say(f"resumed at step {first}")
     about = {"config": asdict(config), "heads": list(heads), "answers": answers, "task": args.task, "benchmarks": names,
              "data": roots, "tokenizer": words.tokenizer.to_str(), "views": args.views, "rerank": args.rerank}
     losses_of = Losses(model, task)
     losses_of = torch.compile(losses_of) if args.compile else losses_of
-    if world > 1:
-        losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=True)
+    if world > 1:                                           # contrast alone leaves the pooling without gradients
+        losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=heads == ("contrast",))
     say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.frames} frames, roll {config.roll}, "
         f"on {device}\nbatch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
         f"{total} steps of which {steps_per_epoch} are an epoch; lr {lr:g}")
@@ -343,42 +388,34 @@ def train(args):
     order = Order(groups, batch, args.accum, args.seed, first, rank, world)
     batches = iter(loader(clips["train"], order, args.workers, words.pad))
     chance = {"vqa": len(answers), "action": len(answers), "choice": len(splits["train"][0][0].options), "vcr": 4,
-              "matching": 2, "mlm": len(words), "contrast": (batch // args.accum) ** 2}     # the sum of two cross-entropies
+              "matching": 2, "mlm": len(words), "contrast": (batch // args.accum) ** 2}        # contrast: a sum of two losses
+    blank, examples = nothing(clips["train"], words.pad), list(itertools.chain(*splits["train"]))
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                 # a scheduler wants the machine back: save
-    log, seen, waited, started = open(out / "metrics.jsonl", "a") if rank == 0 else None, 0, 0.0, time.perf_counter()
+    log, seen, waited, started = out / "metrics.jsonl", 0, 0.0, time.perf_counter()
     bar = tqdm(range(first, total), initial=first, total=total, disable=not (rank == 0 and sys.stderr.isatty()))
-    how = dict(workers=args.workers, amp=args.amp, allow_missing=args.allow_missing, batch=batch)
+    how = dict(workers=args.workers, amp=args.amp, allow_missing=args.allow_missing, batch=min(batch, 64))
 
-    def checkpoint(step):
-        states = [random_state(device)] * world
-        if world > 1:
-            dist.all_gather_object(states, random_state(device))
+    def note(line):
         if rank == 0:
-            save(out / "last.pt", {**about, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                   "best": best, "bad": bad, "random": states})
+            with writing(log), open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
     model.train()
     for step in bar:
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * lr_at(step, total)
         begin = time.perf_counter()
-        micro = [next(batches) for _ in range(args.accum)]
+        micro = [blank | next(batches) for _ in range(args.accum)]
         waited += time.perf_counter() - begin
-        bad |= {i: cause for b in micro for i, cause in b["errors"].items()}
+        told = list(itertools.chain(*from_all([(b["errors"], counts(b)) for b in micro])))
+        bad |= {i: cause for errors, _ in told for i, cause in errors.items()}
         if len(bad) > max(10, 0.01 * len(clips["train"])) and not args.allow_missing:
             raise UserError(f"{len(bad)} training clips cannot be read, more than 1 %; the last: {list(bad.values())[-1]}; "
                             "mend them, or pass --allow-missing to train without them")
-        micro = [to_device(b, device) for b in micro if "frames" in b]
-        if not micro and world == 1:                        # --allow-missing, and not one clip of the batch can be read
-            continue
-        count = {unit: sum(counts(b)[unit] for b in micro) for unit in ("rows", "masked")}
-        if world > 1:
-            every = torch.tensor(list(count.values()), device=device)
-            dist.all_reduce(every)
-            count = dict(zip(count, every.tolist()))
-        sums = {}
+        count, sums = {unit: sum(some[unit] for _, some in told) for unit in ("rows", "masked")}, {}
         for i, b in enumerate(micro):
+            b = to_device(b, device)
             quiet = losses_of.no_sync() if world > 1 and i + 1 < len(micro) else contextlib.nullcontext()
             with quiet:
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -387,47 +424,53 @@ def train(args):
                 (sum(losses.values()) * world).backward()                       # DistributedDataParallel takes the mean
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()
-        loss = sum(sums.values()).item()
-        if not math.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss} ({', '.join(f'{k} {v.item():g}' for k, v in sums.items())}); "
-                            f"examples {[i for b in micro for i in b['index'].tolist()]}; lower --lr, or look at these clips")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        told = from_all(({name: value.item() for name, value in sums.items()}, bool(stop)))
+        sums, stopping = {name: sum(some[name] for some, _ in told) for name in sums}, any(flag for _, flag in told)
+        if not math.isfinite(sum(sums.values()) + norm):
+            ids = [examples[i].id for part in from_all([b["index"].tolist() for b in micro]) for some in part for i in some]
+            raise UserError(f"step {step}: the loss is {sum(sums.values())} ({', '.join(f'{k} {v:g}' for k, v in sums.items())}; "
+                            f"gradient {norm:g}); examples {', '.join(ids)}; lower --lr, or look at these clips")
+        if count["rows"]:                                   # else --allow-missing, and not one clip can be read
+            optimizer.step()
         optimizer.zero_grad()
         seen += batch
-        if (step + 1) % max(1, total // 40) == 0 or step + 1 == total:
+        due, ends = ((step + 1) % every == 0 or step + 1 == total for every in (max(1, total // 40), steps_per_epoch))
+        if due:
             spent = time.perf_counter() - started
-            line = {"step": step + 1, **{k: round(v.item(), 4) for k, v in sums.items()}, "lr": optimizer.param_groups[0]["lr"],
+            line = {"step": step + 1, **sums, "lr": optimizer.param_groups[0]["lr"],
                     "clips_per_s": round(seen / spent, 1), "waiting": round(waited / spent, 3)}
-            text = " | ".join([f"step {step + 1:5d}/{total}", *(f"{k} {v.item():.3f} (chance {math.log(chance[k]):.3f})"
+            text = " | ".join([f"step {step + 1:5d}/{total}", *(f"{k} {v:.3f} (chance {math.log(chance[k]):.3f})"
                                for k, v in sums.items()), f"lr {line['lr']:.1e}", f"{line['clips_per_s']:.0f} clips/s (waiting for "
                                f"data {line['waiting']:.0%})", f"eta {spent / (step + 1 - first) * (total - step - 1):.0f} s"])
             bar.set_postfix_str(text.split(" | ", 1)[1]) if not bar.disable else say(text, flush=True)
-            if log:
-                print(json.dumps(line), file=log, flush=True)
-        if (step + 1) % steps_per_epoch == 0 or step + 1 == total:
+            note(line)
+        if ends:
             metrics, _ = evaluate(model, clips["val"], **how)
             say(f"validation at step {step + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
-            if log:
-                print(json.dumps({"step": step + 1, "val": metrics}), file=log, flush=True)
+            note({"step": step + 1, "val": metrics})
             if metrics[task.metric] > best:
                 best = metrics[task.metric]
                 if rank == 0:
                     save(out / "best.pt", {**about, "model": model.state_dict(), "step": step + 1, "val": metrics})
-            checkpoint(step + 1)
-        if stop:
-            checkpoint(step + 1)
-            raise SystemExit(f"train.py: told to stop; {out}/last.pt is at step {step + 1}, go on with --resume --out {out}")
-    if bad:
+        if due or ends or stopping:
+            states = from_all(random_state(device))
+            if rank == 0:
+                save(out / "last.pt", {**about, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                                       "best": best, "bad": bad, "random": states, "logged": log.stat().st_size})
+        if stopping:
+            raise SystemExit(f"train.py: told to stop; {out}/last.pt is at step {step + 1}, go on with --resume --out {out}"
+                             if rank == 0 else 1)
+    if bad and rank == 0:
         say(f"{len(bad)} training clips could not be read and were left out: {out}/bad.txt")
-        (out / "bad.txt").write_text("".join(f"{i} {cause}\n" for i, cause in sorted(bad.items())))
+        save(out / "bad.txt", "".join(f"{examples[i].id} {cause}\n" for i, cause in sorted(bad.items())))
 
     # -- the test figure, once, of the epoch that was best on validation
     if "test" in splits:
-        model.load_state_dict(torch.load(out / "best.pt", map_location=device, weights_only=True)["model"])
+        model.load_state_dict(from_first(lambda: torch.load(out / "best.pt", map_location="cpu", weights_only=True)["model"]))
         metrics, records = evaluate(model, clips["test"], **how)
         if rank == 0:
-            (out / "test.json").write_text(json.dumps(metrics))
+            save(out / "test.json", json.dumps(metrics))
             say("\n".join(report(metrics, records, splits["train"][0], roots[0])))
     else:
         say("no test rows here: the validation figure is the last")
@@ -437,9 +480,13 @@ def train(args):
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the loop takes over: nothing is left half written
     try:
         train(arguments())
     except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)):            # if all say this, the first alone is heard: torchrun ends the others
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+            time.sleep(5)
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 
