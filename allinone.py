@@ -664,8 +664,8 @@ def bench_gpu(size):
             each = seconds(lambda: bench_step("--amp", *setup, loss), 10)
         except torch.cuda.OutOfMemoryError:
             return
-        print(f"{B:5d} clips {each * 1e3:8.0f} ms {B / each:7.0f} clips/s   MFU "
-              f"{12e9 * B * gmacs(SIZES[size]) / each / peak:4.0%}   {torch.cuda.max_memory_allocated() / 2 ** 30:6.1f} GiB")
+        share, memory = 12e9 * B * gmacs(SIZES[size]) / each / peak, torch.cuda.max_memory_allocated() / 2 ** 30
+        print(f"{B:5d} clips {each * 1e3:8.0f} ms {B / each:7.0f} clips/s   MFU {share:4.0%}   {memory:6.1f} GiB")
         B *= 2
 
 
