@@ -4,18 +4,25 @@ encoder, no fusion module: a patch embedding, a word embedding, twelve blocks, a
 Checked against the released model's outputs (random weights, shuffle off), the golden sizes and Hugging Face's ViLT.
 
     python allinone.py             the sizes: parameters, multiply-adds, milliseconds on this machine
+    python allinone.py --bench     times and memory beside a plain reference, and beside what this machine can do
 
 Axes, the same letters in every file:
     B clips · T frames · L text tokens · N visual tokens per frame, CLS included · S = L + N · D width · H heads
     K = D // H · R image side · P patch side · A answers or options · V vocabulary
 """
-import argparse
+import os
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # before the first tensor: huge pages, or a CPU spends more time
+import argparse                                         # on getting memory than on arithmetic that fills it
 import math
+import multiprocessing
 import re
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -81,6 +88,20 @@ def gmacs(config, L=40, T=None):
 
 # ---- the block ------------------------------------------------------------------------------------------------------
 
+def dropout(x, p, training):
+    """F.dropout; on a CPU with cheaper random bits. There F.dropout's are a quarter of a small model's training step.
+
+    x any shape and float dtype -> the same. Each number is 0 with probability p, rounded to 1/65536: one 64-bit draw of
+    torch's generator decides four of them. The others are scaled up, by what keeps the expectation exact.
+    """
+    if not (training and p) or x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.long).random_(-2 ** 63, None).view(torch.short)     # every bit
+    lost = round(p * 2 ** 16)
+    kept = (bits[:x.numel()] >= lost - 2 ** 15).view(x.shape)
+    return torch.where(kept, x, 0).mul_(2 ** 16 / (2 ** 16 - lost))
+
+
 class Block(nn.Module):
     """Pre-norm ViT block. It sees one frame (with the words) at a time: rows of x are frames, not clips."""
 
@@ -111,11 +132,11 @@ class Block(nn.Module):
             scores = q @ k.transpose(-1, -2) / math.sqrt(D // self.heads)
             maps.append((scores if keep is None else scores.masked_fill(~keep, -math.inf)).softmax(-1))
             x = maps[-1] @ v
-        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def mlp(self, x):
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
+        x = dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return dropout(self.fc2(x), self.dropout, self.training)
 
     def drop(self, branch):
         """Drop path: in training, leave a frame's branch out with probability drop_path and scale up the others."""
@@ -202,7 +223,7 @@ class AllInOne(nn.Module):
         if L > self.config.words:
             raise ValueError(f"texts of {L} tokens; this model has positions for {self.config.words}")
         x = self.word_norm(self.word(words) + self.word_position[:L] + self.segment[0])
-        return F.dropout(x, self.config.dropout, self.training) + self.modality[0]
+        return dropout(x, self.config.dropout, self.training) + self.modality[0]
 
     def embed_frames(self, frames):
         """frames (B, T, 3, R, R), uint8 RGB or already normalised floats -> (B, T, N, D), CLS first, then patches in
@@ -219,7 +240,7 @@ class AllInOne(nn.Module):
                                     frames.shape[-1] // self.config.patch)
         x = x + position[1:] + self.time[:T, None]          # time on patches only, as released
         cls = (self.cls + position[0]).expand(B, T, 1, -1)
-        x = F.dropout(torch.cat([cls, x], 2), self.config.dropout, self.training)
+        x = dropout(torch.cat([cls, x], 2), self.config.dropout, self.training)
         return x + self.modality[1]
 
     # -- the three runs: joint, text alone, video alone
@@ -519,10 +540,154 @@ def listing(names):
                      for (top, why), many in groups.items())
 
 
+# ---- python allinone.py --bench: against a plain reference ----------------------------------------------------------
+
+def plain(model, frames, words, keep):
+    """AllInOne.forward, layout "block", as the released code computes it: texts padded to config.words and repeated for
+    each frame, rolling by slices, roll and cat, attention written out, PyTorch's dropout, all tokens out of all blocks.
+    frames None: the words alone, T identical copies. The embeddings are the model's own."""
+    c, drop = model.config, nn.Dropout(model.config.dropout).train(model.training)
+    L, T = c.words, c.frames
+    words, keep = (F.pad(x, (0, L - x.shape[1])).repeat_interleave(T, 0) for x in (words, keep))
+    x = model.embed_words(words)                                                            # (B*T, L, D)
+    if frames is not None:
+        x = torch.cat([x, model.embed_frames(frames).flatten(0, 1)], 1)                     # (B*T, S, D)
+    rows, S, D = x.shape
+    mask, n = ~F.pad(keep, (0, S - L), value=True)[:, None, None], (S - L) // 8
+    for block in model.blocks:
+        if frames is not None:
+            video = x[:, L:].unflatten(0, (-1, T))                                          # (B, T, N, D)
+            video = torch.cat([video[:, :, :1], video[:, :, 1:1 + n].roll(1, 1), video[:, :, 1 + n:-n],
+                               video[:, :, -n:].roll(-1, 1)], 2)
+            x = torch.cat([x[:, :L], video.flatten(0, 1)], 1)
+        q, k, v = block.qkv(block.norm1(x)).view(rows, S, 3, c.heads, -1).permute(2, 0, 3, 1, 4)
+        attention = (q @ k.transpose(-1, -2) / math.sqrt(D // c.heads)).masked_fill(mask, -math.inf).softmax(-1)
+        x = x + block.drop(drop(block.proj((attention @ v).transpose(1, 2).flatten(2))))
+        x = x + block.drop(drop(block.fc2(drop(F.gelu(block.fc1(block.norm2(x)))))))
+    x = model.norm(x).unflatten(0, (-1, T)).mean(1)
+    return Output(torch.tanh(model.pool(x[:, 0])), x[:, :L], x[:, L:])
+
+
+def bench_loss(way, model, frames, words, keep, target, labels):
+    """Matching and MLM. plain: a forward for each, and the vocabulary at every word. Else as train.py has it."""
+    if way == "plain":
+        (pooled, *_), (_, text, _) = (plain(model, frames, words[:, i], keep[:, i]) for i in (0, 1))
+    else:
+        video, masked = model.embed_frames(frames).repeat_interleave(2, 0), labels >= 0
+        out = model.fuse(video, words.flatten(0, 1), keep.flatten(0, 1), first=words.shape[-1])
+        pooled, text, labels = out.pooled[::2], out.text[1::2][masked], labels[masked]
+    filled = model.heads["mlm"](text).flatten(0, -2)
+    return F.cross_entropy(model.heads["matching"](pooled), target) + F.cross_entropy(filled, labels.flatten())
+
+
+def bench_setup(size, B, device="cpu"):
+    """A model of this size with dropout, its optimiser, and a batch: frames, words, keep, target, labels."""
+    torch.manual_seed(0)
+    c = replace(SIZES[size], roll="block", dropout=0.1, drop_path=0.1)
+    model, words = AllInOne(c, ("matching", "mlm", "contrast")).to(device), torch.randint(c.vocab, (B, 2, c.words))
+    batch = (torch.randint(256, (B, c.frames, 3, c.image, c.image), dtype=torch.uint8), words, words >= 0,
+             torch.arange(B) % 2, words[:, 1].where(torch.arange(c.words) % 7 == 1, -100))
+    return model, torch.optim.AdamW(model.parameters(), fused=True), [x.to(device) for x in batch]
+
+
+def bench_step(way, model, optimizer, batch, loss=bench_loss):
+    """One training step: way is plain, ours, or ours with a flag of train.py."""
+    model.checkpointing, pieces = way == "--checkpointing", 2 if way == "--accum 2" else 1
+    for piece in zip(*(x.chunk(pieces) for x in batch)):
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=way == "--amp"):
+            value = loss(way, model, *piece) / pieces
+        value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def bench_memory(way, size, B):
+    """GiB that two training steps take at their peak, beyond weights and batch. Wants a process of its own."""
+    from resource import RUSAGE_SELF, getrusage             # not on Windows
+    setup, before = bench_setup(size, B), getrusage(RUSAGE_SELF).ru_maxrss
+    seconds(lambda: bench_step(way, *setup), 2)             # the second has AdamW's moments from its start
+    return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
+
+
+def bench(size, B, rounds=5):
+    """On a CPU: ours against plain by turns, so that a busy moment hits both alike."""
+    steps = {"training step": ("plain", "ours"), **{f: ("ours", f) for f in ("--amp", "--checkpointing", "--accum 2")}}
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as fresh:          # before torch has threads
+        memory = {way: fresh.apply(bench_memory, (way, size, B)) for way in dict.fromkeys(sum(steps.values(), ()))}
+    setup = model, _, (frames, words, keep, *_) = bench_setup(size, B)
+    c, head, text = model.config, model.heads["contrast"]["text"], (words[:, 0], keep[:, 0])
+    few, five = [x[:, :10] for x in text], [x[:1].repeat(5, 1) for x in text]
+    runs = {
+        "forward, 40 words": (lambda: plain(model, frames, *text)[0], lambda: model(frames, *text)[0]),
+        "forward, 10 words": (lambda: plain(model, frames, *few)[0], lambda: model(frames, *few)[0]),
+        "text alone": (lambda: head(plain(model, None, *text)[1][:, 0]), lambda: model.encode_text(*text)),
+        "one clip, five options": (
+            lambda: torch.cat([plain(model, frames[:1], words[:1, 0], keep[:1, 0])[0] for _ in range(5)]),
+            lambda: model.fuse(model.embed_frames(frames[:1]).expand(5, -1, -1, -1), *five, first=1)[0]),
+        **{name: [partial(bench_step, way, *setup) for way in pair] for name, pair in steps.items()}}
+    a, b, peak, times = torch.randn(1422, 768), torch.randn(768, 3072), [], {name: [] for name in runs}
+    for turn in range(1 + rounds):                          # the first warms up and is not counted
+        for name, (one, other) in runs.items():
+            model.train(name in steps)
+            with torch.inference_mode(name not in steps):
+                if turn == 0 and name not in steps:
+                    assert torch.allclose(one(), other(), atol=1e-4), f"{name}: ours differs from plain"
+                times[name].append((seconds(one), seconds(other)))
+            peak.append(seconds(lambda: a @ b, 3))
+    peak = 2 * 1422 * 768 * 3072 / median(peak) / 1e9
+    print(f"{size}, {B} clips x {c.frames} frames, float32, {torch.get_num_threads()} CPU threads, medians of {rounds} "
+          f"rounds; peak: {peak:.0f} GFLOP/s, a product 1422 x 768 x 3072")
+    for name in runs:
+        if name in ("forward, 40 words", "--amp"):
+            first, second = ("ours", "with it") if name in steps else ("plain", "ours")
+            print(f"\n{first:>34s} {second:>9s} ratio  of peak")
+        one, other = map(median, zip(*times[name][1:]))
+        macs = 6 * gmacs(c) if name in steps else gmacs(c, int(name[9:11])) if "forward" in name else 0
+        print(f"{name:23s} {one * 1e3:8.0f} ms {other * 1e3:6.0f} ms {median(y / x for x, y in times[name][1:]):5.2f}"
+              + (f"{2 * B * macs / other / peak:9.0%}" if macs else ""))
+        if name in steps:
+            one, other = (memory[way] for way in steps[name])
+            print(f"{'  its memory':23s} {one:7.2f} GiB {other:5.2f} GiB {other / one:5.2f}")
+
+
+def bench_gpu(size):
+    """On a GPU: our training step in bfloat16, compiled, with ever larger batches until one does not fit."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    seconds(lambda: a @ a, 3)
+    peak, loss, B = 2 * 8192 ** 3 / seconds(lambda: a @ a, 20), torch.compile(bench_loss, dynamic=False), 8
+    print(f"{size} on {torch.cuda.get_device_name()}; peak: {peak / 1e12:.0f} TFLOP/s, a bfloat16 product of side 8192")
+    while True:
+        try:
+            setup = bench_setup(size, B, "cuda")
+            seconds(lambda: bench_step("--amp", *setup, loss), 3)
+            torch.cuda.reset_peak_memory_stats()
+            each = seconds(lambda: bench_step("--amp", *setup, loss), 10)
+        except torch.cuda.OutOfMemoryError:
+            return
+        share, memory = 12e9 * B * gmacs(SIZES[size]) / each / peak, torch.cuda.max_memory_allocated() / 2 ** 30
+        print(f"{B:5d} clips {each * 1e3:8.0f} ms {B / each:7.0f} clips/s   MFU {share:4.0%}   {memory:6.1f} GiB")
+        B *= 2
+
+
 # ---- python allinone.py ---------------------------------------------------------------------------------------------
 
+def seconds(run, times=1):
+    start = perf_counter()
+    for _ in range(times):
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (perf_counter() - start) / times
+
+
 def main():
-    import time
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", action="store_true", help="times and memory beside a plain reference")
+    parser.add_argument("--size", choices=SIZES, default="base", help="of the bench (default base)")
+    parser.add_argument("--clips", type=int, default=2, help="B of the bench on a CPU (default 2)")
+    args = parser.parse_args()
+    if args.bench:
+        return bench_gpu(args.size) if torch.cuda.is_available() else bench(args.size, args.clips)
     print(f"{'size':6s} {'D':>4s} {'layers':>6s} {'H':>3s} {'R':>4s} {'P':>3s} {'parameters':>11s} {'GMAC':>7s} {'forward':>10s}")
     for name, config in SIZES.items():
         model = AllInOne(config, ("matching",)).eval()
@@ -530,9 +695,7 @@ def main():
         words, times = torch.zeros(1, config.words, dtype=torch.long), []
         with torch.inference_mode():
             for _ in range(4):                              # the first warms up and is not counted
-                start = time.perf_counter()
-                model(frames, words)
-                times.append(time.perf_counter() - start)
+                times.append(seconds(lambda: model(frames, words)))
         print(f"{name:6s} {config.width:4d} {config.layers:6d} {config.heads:3d} {config.image:4d} {config.patch:3d} "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:9.2f} M {gmacs(config):7.2f} {min(times[1:]) * 1e3:7.1f} ms")
     print(f"one clip of 3 frames with 40 words, float32, {torch.get_num_threads()} CPU threads; no MLM head")

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import allinone
 import data
 import eval
 import toy
@@ -373,6 +374,73 @@ def test_model_refuses():
     for T in (0, 5):
         with pytest.raises(ValueError, match=f"clips of {T} frames"):
             model(torch.zeros(2, T, 3, 32, 32).double(), words)
+
+# ---- allinone: speed ------------------------------------------------------------------------------------------------
+
+def test_dropout_rate_scale_and_gradient():
+    """0.1 of a million numbers are lost, neighbours independently; the others and their gradients are scaled alike; the
+    global generator alone decides."""
+    x = torch.rand(1000, 1001, generator=torch.Generator().manual_seed(1)) + 1
+    x.requires_grad = True
+    torch.manual_seed(0)
+    y = allinone.dropout(x, 0.1, True)
+    y.sum().backward()
+    lost = y == 0
+    assert abs(lost.double().mean() - 0.1) < 1.5e-3         # five deviations of the mean
+    for shift in (1, 2, 3, 4):                              # four numbers share one draw
+        assert abs((lost[:, :-shift] & lost[:, shift:]).double().mean() - 0.01) < 6e-4
+    assert torch.equal(lost, x.grad == 0)
+    assert close(y[~lost], x[~lost] / 0.9, 1e-4) and close(x.grad[~lost], torch.full_like(x, 1 / 0.9)[~lost], 1e-4)
+    torch.manual_seed(0)
+    assert torch.equal(y, allinone.dropout(x, 0.1, True)) and not torch.equal(y, allinone.dropout(x, 0.1, True))
+
+@pytest.mark.parametrize("p, dtype, shape", [
+    (0.5, torch.float64, (300, 301)), (0.1, torch.bfloat16, (999, 77)), (0.1, torch.float32, ())])
+def test_dropout_of_any_shape_and_dtype(p, dtype, shape):
+    """Rate and scale hold for other probabilities and dtypes, also where the count is not a multiple of four."""
+    y = allinone.dropout(torch.ones(shape, dtype=dtype), p, True)
+    assert y.dtype == dtype and y.shape == shape and torch.allclose(y[y != 0].double() * (1 - p), torch.ones(()).double(), atol=4e-3)
+    assert not shape or abs((y == 0).double().mean() - p) < 0.01
+
+def test_dropout_is_off():
+    """In evaluation, and with p = 0, the very input comes back and no random number is used up."""
+    x, state = torch.ones(5), torch.get_rng_state()
+    assert torch.equal(allinone.dropout(x, 0.1, False), x) and torch.equal(allinone.dropout(x, 0.0, True), x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+def test_plain_reference_gives_our_outputs():
+    """The bench compares like with like: outputs, losses and gradients in evaluation mode, words padded or not."""
+    config = replace(SMALL, roll="block", frames=3)
+    model = ready(config, ("matching", "mlm", "contrast"))
+    frames, words, keep = inputs(config)
+    got, want = allinone.plain(model, frames, words, keep), model(frames, words, keep)
+    assert close((got.pooled, got.video), (want.pooled, want.video)) and close(got.text[:, :7], want.text)
+    alone = allinone.plain(model, None, words, keep).text[:, 0]
+    assert close(model.heads["contrast"]["text"](alone), model.encode_text(words, keep))
+    words, keep = words.repeat(1, 2)[:, :10].unsqueeze(1).repeat(1, 2, 1), torch.ones(2, 2, 10, dtype=torch.bool)
+    labels, losses, grads = words[:, 1].where(torch.arange(10) % 3 == 1, -100), [], []
+    for way in ("plain", "ours"):
+        model.zero_grad()
+        losses.append(allinone.bench_loss(way, model, frames, words, keep, torch.tensor([0, 1]), labels))
+        losses[-1].backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert close(losses[0], losses[1]) and close(*grads)
+    del model.heads["contrast"]                             # and train.py's own
+    b = {"frames": frames, "words": words, "keep": keep, "target": torch.tensor([0, 1]), "labels": labels}
+    both = TASKS["pretrain"].loss(model, b)
+    assert close(both["matching"][0] / 2 + both["mlm"][0] / (labels >= 0).sum(), losses[0].float(), 1e-5)
+
+def test_bench_prints_times_ratios_and_memory():
+    """The command as typed, on the toy size: every line has its figures, every ratio is a number above 0."""
+    done = subprocess.run([sys.executable, Path(allinone.__file__), "--bench", "--size", "toy", "--clips", "2"],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    line = r"^{} +\d+ ms +\d+ ms +(\d+\.\d\d)"
+    for name in ("forward, 40 words", "forward, 10 words", "text alone", "one clip, five options", "training step", "--amp",
+                 "--checkpointing", "--accum 2"):
+        assert float(re.search(line.format(name), done.stdout, re.M)[1]) > 0
+    assert len(re.findall(r"its memory +\d+\.\d\d GiB +\d+\.\d\d GiB +\d+\.\d\d$", done.stdout, re.M)) == 4
+    assert re.search(r"peak: [1-9]\d* GFLOP/s", done.stdout)
 
 # ---- weights: helpers -----------------------------------------------------------------------------------------------
 
