@@ -36,6 +36,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from av.error import FFmpegError
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Discard, Disposition
 from av.video.frame import PictureType
 
@@ -142,6 +143,7 @@ class _Clip:
                 avi, name = stream.container.format.name == "avi", self.codec.codec.canonical_name
                 unit, rate = float(stream.time_base), float(stream.average_rate or 1)
                 reorders, interlaced = self.codec.has_b_frames, self.codec.field_order > 1
+                packs = bool(re.search(rb"DivX\d+(Build|b)\d+p", (self.codec.extradata or b"") + bytes(packet)))
             rows.append((packet.pts, packet.is_keyframe, packet.is_discard))
             size += packet.size
             if name == "mpeg4" and packet.size > 8:  # XviD: a packet of two pictures, later an empty one; or just that
@@ -154,7 +156,7 @@ class _Clip:
         if not rows:
             return
         pts, self.is_key, discard = zip(*rows)
-        sound = name in ONE_TO_ONE and {*self.held} <= {0, 1} and not interlaced and None not in pts
+        sound = name in ONE_TO_ONE and {*self.held} <= {0, packs} and not interlaced and None not in pts
         self.pts, self.whole, self.skippable = pts, [(0, len(rows) - 1)], name in SKIPPABLE
         if sound and avi and is_b:                                   # FFmpeg makes AVI's timestamps up, in packet order
             when, ahead = [], len(rows)
@@ -291,7 +293,7 @@ def _scaler(thread, kind, side, size):
 def _orientation(frame):
     """-> (swap x and y, then mirror x, then mirror y), what turns the stored picture upright."""
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")       # frame.side_data would keep the frame: a cycle
     except ValueError:                                               # PyAV cannot list the EXIF data of a photograph
         turns = frame.rotation // 90 % 4
         return turns % 2 == 1, turns in (2, 3), turns in (1, 2)
