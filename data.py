@@ -37,6 +37,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from av.error import FFmpegError
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Discard, Disposition
 from av.video.frame import PictureType
 
@@ -121,8 +122,9 @@ def _demux(path):
     """Yields the packets of the first video stream that is not cover art, in file order. Decodes nothing."""
     if not os.path.isfile(path):                                     # a pipe would block for ever
         raise VideoError(f"{path}: no such file")
+    options = OPEN | {"analyzeduration": "1"} if str(path).lower().endswith(".gif") else OPEN   # or it decodes most of it
     try:
-        with av.open(f"file:{path}", options=OPEN, metadata_errors="ignore") as container:   # concat:... is just a name
+        with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:   # concat:... is a name
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError(f"{path}: no video stream")
@@ -144,37 +146,45 @@ class _Clip:
 
     def __init__(self, path):
         self.path, self.packets, self.damaged = path, [], set()
-        rows, size, surplus = [], 0, 0
+        rows, size, is_b, self.held = [], 0, [], [0]      # held: undecoded pictures left over from the packets before j
         for packet in _demux(path):
             if not rows:                             # only the codec stays usable when the file is closed
                 stream, self.codec = packet.stream, packet.stream.codec_context
                 avi, name = stream.container.format.name == "avi", self.codec.codec.canonical_name
                 unit, rate = float(stream.time_base), float(stream.average_rate or 1)
                 reorders, interlaced = self.codec.has_b_frames, self.codec.field_order > 1
+                packs = bool(re.search(rb"DivX\d+(Build|b)\d+p", (self.codec.extradata or b"") + bytes(packet)))
             rows.append((packet.pts, packet.is_keyframe, packet.is_discard))
             size += packet.size
-            if name == "mpeg4":                      # XviD: a packet of two pictures, then an empty one; or just that
-                surplus += bytes(packet).count(b"\0\0\1\xb6") - 1 - (packet.size < 9)
+            if name == "mpeg4" and packet.size > 8:  # XviD: a packet of two pictures, later an empty one; or just that
+                is_b += [0x80 <= p[0] < 0xC0 for p in bytes(packet).split(b"\0\0\1\xb6")[1:] if p]
+            self.held.append(len(is_b) - len(rows) if name == "mpeg4" else 0)
             self.packets.append(packet) if size <= PACKET_BYTES else self.packets.clear()
         if rows and packet.is_corrupt:
             rows.pop()                                               # the file was cut here
         self.times, self.order = np.zeros(0), None
         if not rows:
             return
-        self.pts, self.is_key, discard = zip(*rows)
-        self.whole = [(0, len(rows) - 1)]
-        self.skippable = name in SKIPPABLE
+        pts, self.is_key, discard = zip(*rows)
+        sound = name in ONE_TO_ONE and {*self.held} <= {0, packs} and not interlaced and None not in pts
+        self.pts, self.whole, self.skippable = pts, [(0, len(rows) - 1)], name in SKIPPABLE
+        if sound and avi and is_b:                                   # FFmpeg makes AVI's timestamps up, in packet order
+            when, ahead = [], len(rows)
+            for j in reversed(range(len(rows))):                     # what is no B-frame is shown when the next such comes
+                when.append(j if is_b[j] else ahead - 0.5)
+                ahead = ahead if is_b[j] else j
+            self.pts = when[::-1]
         shown = [j for j, cut in enumerate(discard) if not cut]      # edit lists cut frames that others refer to
-        sound = name in ONE_TO_ONE and not interlaced and surplus in (0, 1) and None not in self.pts
         start = self.is_key[0] and sound and all(self.pts[j] >= self.pts[0] for j in shown)
-        if sound and avi and reorders:
-            pass                                                     # FFmpeg makes the timestamps up, in packet order
+        if sound and avi and reorders and not is_b:
+            pass                                                     # only its decoder knows
         elif start and len({*self.pts}) == len(rows):
             self.order = shown = sorted(shown, key=self.pts.__getitem__)
-            self.keys = sorted((j for j, key in enumerate(self.is_key) if key), key=self.pts.__getitem__)
+            keys = (j for j, key in enumerate(self.is_key) if key)   # how pictures are packed is told at the start only
+            self.keys = [0] if any(self.held) else sorted(keys, key=self.pts.__getitem__)
         else:
             shown = [frame.pts for frame in self._decode(self.whole)]
-        stamps = [self.pts[j] for j in shown]
+        stamps = [pts[j] for j in shown]
         if None in stamps:
             stamps, unit = range(len(stamps)), 1 / rate
         self.times = np.array(sorted(stamps), np.float64) * unit
@@ -192,7 +202,8 @@ class _Clip:
             for j, packet in packets:
                 if j < start:
                     continue
-                skip = wanted is not None and self.skippable and j not in wanted and not self.is_key[j]
+                skip = wanted is not None and self.skippable and j not in wanted
+                skip = skip and not self.is_key[j] and not self.held[j + 1]     # or what the packet leaves behind is lost
                 self.codec.skip_frame = "NONREF" if skip else "DEFAULT"
                 packet.pts = packet.dts = j
                 try:
@@ -292,7 +303,7 @@ def _scaler(thread, kind, side, size):
 def _orientation(frame):
     """-> (swap x and y, then mirror x, then mirror y), what turns the stored picture upright."""
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")       # frame.side_data would keep the frame: a cycle
     except ValueError:                                               # PyAV cannot list the EXIF data of a photograph
         turns = frame.rotation // 90 % 4
         return turns % 2 == 1, turns in (2, 3), turns in (1, 2)
@@ -1309,6 +1320,19 @@ def decode_all(path, numbers, R):
     return np.stack([_to_rgb(frames[i], R, (0.5, 0.5), 1.2) for i in numbers])
 
 
+def seek_each(path, numbers, R):
+    """What everybody writes next: before every frame a seek, then decoding up to its time, known from a first pass."""
+    times, frames = _Clip(path).times, []
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for i in numbers:
+            at = (stream.start_time or 0) + round(times[i] / float(stream.time_base))
+            container.seek(at, stream=stream)
+            frames.append(next(frame for frame in container.decode(stream) if frame.pts >= at))
+    return np.stack([_to_rgb(frame, R, (0.5, 0.5), 1.2) for frame in frames])
+
+
 def with_decord(decord, path, numbers, R):
     video = decord.VideoReader(path, num_threads=1, width=R or -1, height=R or -1)
     return video.get_batch(numbers).asnumpy().transpose(0, 3, 1, 2)
@@ -1331,46 +1355,50 @@ def with_torchcodec(torchcodec, path, numbers, R):
     return decoder.get_frames_at(numbers).data.numpy()
 
 
-def bench(paths, R=224, rounds=7):
-    """Milliseconds for T frames of R x R, and how many times as long decode_all and the installed libraries take; `!`:
-    their full-size pixels are not those of decode_all. Interleaved medians, one thread, file in the page cache."""
+def bench(paths, R=224, rounds=5):
+    """Milliseconds of processor time for T frames of R x R, and how many times as long the others take, by file and as
+    geometric means; `!`: their full-size pixels are not those of decode_all. Medians of shuffled rounds, one thread, the
+    file in the page cache. Processor time, as a neighbour's load does not count in it."""
     torch.set_num_threads(1)
-    methods = {"ours": lambda *a: read_frames(*a).numpy(), "all": decode_all}
+    methods = {"ours": lambda *a: read_frames(*a).numpy(), "all": decode_all, "each": seek_each}
     for name, method in (("decord", with_decord), ("cv2", with_cv2), ("torchcodec", with_torchcodec)):
         try:
             module = importlib.import_module(name)
         except (ImportError, OSError, RuntimeError):                 # a library without its own libraries
             continue
         methods[name] = lambda *a, method=method, module=module: method(module, *a)
-    ratios = {}
-    peers = list(methods)[1:]
-    print(f"{'file':28}{'frames':>7}{'T':>3}{'ours ms':>9}" + "".join(f"{name + '/ours':>17}" for name in peers))
+    ratios, peers = {}, list(methods)[1:]
+    print(f"{'file':24}{'frames':>7}{'keys':>5}{'T':>3}{'ours ms':>9}" + "".join(f"{name + '/ours':>16}" for name in peers))
     for path in paths:
-        size = []
-        read_frames(path, lambda times: size.append(len(times)) or [0])
+        clip = _Clip(path)
+        n, keys = len(clip.times), sum(clip.is_key)
+        families = {"all files": True, "mp4 with B-frames": clip.codec.has_b_frames and path.endswith(".mp4"),
+                    "GOP <= 30 and >= 18 s": n <= 30 * keys and round(clip.times[-1]) >= 18}
         for T in (3, 8):
-            numbers, ms, marks = frame_indices(size[0], T, "eval"), {name: [] for name in methods}, {}
+            numbers, ms, marks = frame_indices(n, T, "eval"), {name: [] for name in methods}, {}
             truth = decode_all(path, numbers, None)
-            for _ in range(rounds):
-                for name, method in methods.items():
-                    try:
-                        if name not in marks:
-                            marks[name] = " " if np.array_equal(method(path, numbers, None), truth) else "!"
-                        start = time.perf_counter()
-                        np.ascontiguousarray(method(path, numbers, R))
-                        ms[name].append((time.perf_counter() - start) * 1e3)
-                    except Exception:                                # a peer's refusal is a result
-                        marks[name] = "fails"
+            for name in random.sample(list(methods), len(methods)) * rounds:
+                try:
+                    if name not in marks:
+                        marks[name] = "=" if np.array_equal(methods[name](path, numbers, None), truth) else "!"
+                    start = time.process_time()
+                    np.ascontiguousarray(methods[name](path, numbers, R))
+                    ms[name].append((time.process_time() - start) * 1e3)
+                except Exception:                                    # a peer's refusal is a result
+                    marks[name] = "fails"
             ours, line = statistics.median(ms["ours"]), ""
             for name in peers:
-                ratio = statistics.median(ms[name]) / ours if marks[name] != "fails" else None
-                line += f"{ratio:>16.2f}{marks[name]}" if ratio else f"{'fails':>17}"
-                ratios.setdefault((name, T), []).extend([ratio] if ratio else [])
-            print(f"{path.rsplit('/', 1)[-1][:27]:28}{size[0]:>7}{T:>3}{ours:>8.2f}{marks['ours']}{line}", flush=True)
-    for (name, T), values in ratios.items():
-        if values:
-            mean = statistics.geometric_mean(values)
-            print(f"geometric mean of {name}/ours at T={T}: {mean:.2f} over {len(values)} files")
+                failed = marks[name] == "fails"
+                line += f"{'fails':>16}" if failed else f"{statistics.median(ms[name]) / ours:>15.2f}{marks[name]}"
+                for family in [f for f, member in families.items() if member and not failed]:
+                    ratios.setdefault((family, T, name), []).append(statistics.median(ms[name]) / ours)
+            print(f"{path.rsplit('/', 1)[-1][:23]:24}{n:>7}{keys:>5}{T:>3}{ours:>8.2f}{marks['ours']}{line}", flush=True)
+    for family, T in dict.fromkeys(key[:2] for key in ratios):
+        line = ""
+        for name in peers:
+            values = ratios.get((family, T, name), [math.nan])
+            line += f"{statistics.geometric_mean(values):>8.2f} ({min(values):5.2f})"
+        print(f"{family:36}{T:>3}{'':9}{line}   geometric mean (least)")
 
 
 def main():
