@@ -2,7 +2,9 @@
 
     python -m pytest -q test_allinone.py            offline, on a CPU; what needs more skips and says what
 """
+import base64
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -42,9 +44,10 @@ import train
 from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_weights, read_config, read_weights,
                       resize_positions)
 from data import (BENCHMARKS, Clips, Example, MissingMedia, Mixed, Order, Recipe, VideoError, Words, answer_list,
-                  collate, crop, find_media, frame_indices, has_test, hold_out, load_split, loader, pick_frames,
+                  collate, crop, encode_picture, find_media, frame_indices, has_test, hold_out, load_split, loader, pick_frames,
                   read_frames, read_jsonl_file, tint, wordpiece)
-from eval import FINISH, benchmark_table, coverage, embeddings, evaluate, ranks, recall_metrics, report, scores, survey
+from eval import (FINISH, benchmark_table, by_kind, chosen, coverage, embeddings, evaluate, gaze, page, ranks,
+                  recall_metrics, report, scores, survey, wilson)
 from rolling import roll_groups, roll_loop, roll_tokens
 from train import TASKS, counts, lr_at, parameter_groups
 
@@ -879,6 +882,14 @@ def test_pictures_and_folders(tmp_path):
         read_frames(tmp_path, [0, 1])
     alpha = encode(tmp_path / "alpha.png", "png", {}, "rgba", n=1)
     assert np.array_equal(read_frames(alpha, [0])[0], picture(0).transpose(2, 0, 1))
+
+def test_encoded_pictures_come_back(tmp_path):
+    """Through a PNG to the bit, through a JPEG nearly, at odd sizes too."""
+    picture = np.fromfunction(lambda y, x, c: (3 * x + 2 * y + 40 * c) % 256, (37, 51, 3)).astype(np.uint8)
+    for suffix, most in ((".png", 0), (".jpg", 6)):
+        (tmp_path / f"a{suffix}").write_bytes(encode_picture(picture, suffix))
+        again = read_frames(tmp_path / f"a{suffix}", [0])[0].permute(1, 2, 0).numpy()
+        assert np.abs(again.astype(int) - picture).mean() <= most
 
 def test_lies_of_containers(media, tmp_path):
     """Wrong counts, cut starts, edit lists, dropped XviD pictures, changing sizes: still what decoding gives."""
@@ -2013,23 +2024,127 @@ def test_report_tells_kinds_chance_and_majority(tmp_path):
     pairs = ("which", "left"), ("which", "left"), ("which", "up"), ("what", "red")
     train = [Example("", "", answer=answer, kind=kind) for kind, answer in pairs]
     records = [record("which", "left", True), record("which", "up", False), record("what", "red", True)]
-    lines = report({"accuracy": 2 / 3}, records, train, tmp_path)
+    lines = report({"accuracy": 2 / 3}, by_kind(records, train, tmp_path))
     assert lines[0] == "test: accuracy 66.67%" and [line.split() for line in lines[2:]] == [
         ["what", "1", "100.0%", "100.0%", "100.0%", "100.0%"], ["which", "2", "50.0%", "50.0%", "50.0%", "50.0%"],
         ["all", "3", "66.7%", "66.7%", "66.7%", "66.7%"]]
     train = [Example("", "", answer=1, options=tuple("abcd"))]
-    lines = report({"MedR": 1}, [record("", "b", True, 4)], train, "nowhere")
+    lines = report({"MedR": 1}, by_kind([record("", "b", True, 4)], train, "nowhere"))
     assert lines[0] == "test: MedR 1" and lines[-1].split() == ["all", "1", "100.0%", "25.0%", "25.0%", "-"]
 
 def test_report_knows_the_majority_class():
     """Actions, whose training answers are numbers and whose records have names, have a majority too."""
-    lines = report({"accuracy": 1}, [record("", "class 1", True)], [Example("", "", answer=1)], "nowhere")
+    lines = report({"accuracy": 1}, by_kind([record("", "class 1", True)], [Example("", "", answer=1)], "nowhere"))
     assert lines[-1].split()[4] == "100.0%"
+
+def test_figures_of_ranks_are_no_shares():
+    """A median rank of 1 is 1, not 100 %; shares are percentages."""
+    assert report({"text to video R@1": 1, "text to video MedR": 1.0, "x": 2.5}, {}) == [
+        "test: text to video R@1 100.00%, text to video MedR 1, x 2.5"]
 
 def test_list_names_every_benchmark():
     """One line each, in the order of the registry, with held-out validation named as such."""
     lines = benchmark_table()
     assert [line.split()[0] for line in lines[1:]] == list(BENCHMARKS) and "held out" in lines[1]
+
+# ---- eval: one page about an evaluation ------------------------------------------------------------------------------
+
+def test_wilson_by_hand():
+    """8 of 10; the interval stays within 0 and 1 where all or none are right."""
+    assert wilson(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert wilson(1, 5) == pytest.approx([0.5655, 1], abs=1e-4) and wilson(0, 5) == pytest.approx([0, 0.4345], abs=1e-4)
+
+def test_the_gallery_is_spread():
+    """Of 90 right and 6 wrong, two missing, 12 are 6 and 4; a second kind gets its share; the same every time."""
+    records = [{"id": str(n), "kind": "a", "correct": n % 16 > 0, "prediction": "x" if n % 48 else None} for n in range(96)]
+    picks = chosen(records, 12)
+    assert picks == sorted(set(picks)) == chosen(records, 12) and len(picks) == 12
+    assert sum(not records[i]["correct"] for i in picks) == 4
+    more = chosen(records + [{**records[1], "id": str(n), "kind": "b"} for n in range(96, 130)], 12)
+    assert Counter(i >= 96 for i in more) == {True: 4, False: 8}
+
+@pytest.mark.parametrize("layout", ["spread", "none"])
+def test_words_look_where_the_tokens_come_from(layout):
+    """Attention to a token is drawn in the frame that the token started in, layer after layer, traced by number."""
+    model, (frames, words, _), maps = ready(replace(SMALL, roll=layout)), inputs(B=1, T=4), []
+    model(frames, words, maps=maps)
+    looks, groups = gaze(model, frames[0], words[0]), roll_groups(4, 4, layout=layout)
+    home = torch.arange(4 * 17).view(1, 4, 17, 1)
+    assert looks.shape == (3, 7, 4, 16)
+    for layer in range(3):
+        home, seen = roll_loop(home, *groups), maps[layer].mean(1)[:, :7, 7:]               # (T, L, N)
+        for t, n in np.ndindex(4, 17):
+            frame, slot = divmod(home[0, t, n].item(), 17)
+            assert not slot or close(looks[layer, :, frame, slot - 1], seen[t, :, n])
+
+def told_by(path):
+    """The data inside a report."""
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', Path(path).read_text(), re.S)[1])
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = """</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)> & "quotes" \u2028"""
+
+@pytest.fixture
+def browse(tmp_path):
+    """browse(file, "show=wrong", ..) -> the page's DOM after its scripts ran, with these filters; no error is logged."""
+    if not BROWSER:
+        pytest.skip("no Chromium here to open the page with")
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --enable-logging=stderr --v=0").split()
+    def dom(path, *state):
+        done = subprocess.run([BROWSER, *flags, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom",
+                               f"{Path(path).resolve().as_uri()}#{'&'.join(state)}"], capture_output=True, timeout=100)
+        assert b"CONSOLE" not in done.stderr, done.stderr.decode()
+        return done.stdout.decode()
+    return dom
+
+@pytest.fixture
+def reported(world, words):
+    """A report on eight questions, four right, about four clips, two of which are asked about in hostile words."""
+    examples = [replace(e, id=str(n), text=f"{HOSTILE if n % 4 > 1 else 'is it a ring?'} {n}", kind=f"kind {n % 2}")
+                for n, e in enumerate(CLIPS4 * 2)]
+    clips = Clips(examples, world("msrvtt"), recipe(words))
+    torch.manual_seed(0)
+    model = small_model(words, "answer")
+    metrics, records = evaluate(model, clips)
+    for n, r in enumerate(records):
+        r.update(correct=n % 2 == 0, truth=r["prediction"] if n % 2 == 0 else "mauve")
+    return page(HOSTILE, ["x"], model, clips, {"accuracy": 0.5}, records, by_kind(records, examples, "nowhere"))
+
+def test_report_in_a_browser(reported, browse, tmp_path):
+    """It draws without an error, whatever the texts hold; filters by right or wrong, kind and text; a click on a word
+    colours the frames; nothing refers to the network."""
+    path = tmp_path / "page.html"
+    path.write_text(reported)
+    assert not re.search(r"""(src|href)=["']?http|url\(|@import""", reported)
+    for state, shown in (("show=wrong", "kind=kind+1"), 4), (("text=RING", "show=right"), 2):
+        dom = browse(path, *state)
+        assert f'"soft">{shown} of 8 shown' in dom and dom.count("<article") == 8 and "data-error" not in dom
+        assert len(re.findall("<article[^>]*hidden", dom)) == 8 - shown
+        assert "<img src=\"x\"" not in dom and ("<title>&lt;/script&gt;" in dom or "<title>true,[CLS]</title>" in dom)
+        path.write_text(reported.replace("</body>", """<script>
+            document.querySelector(".words button").click()
+            const pixels = document.querySelector("canvas").getContext("2d").getImageData(0, 0, 4, 4).data
+            document.title = [pixels.some(Boolean), document.querySelector(".words [aria-pressed=true]").textContent]
+            </script></body>"""))
+    assert "<title>true,[CLS]</title>" in dom
+
+def test_report_shows_what_the_model_saw(reported, world):
+    """The pictures are the frames of evaluation to the bit, shared among questions about one clip; the numbers agree."""
+    told = json.loads(re.search(r'type="application/json">(.*?)</script>', reported, re.S)[1])
+    assert len(told["pictures"]) == 12 and told["items"][0]["frames"] == told["items"][4]["frames"] == [0, 1, 2]
+    head, code = told["pictures"][1].split(",")
+    with av.open(io.BytesIO(base64.b64decode(code))) as png:
+        seen = next(png.decode(video=0)).to_ndarray(format="rgb24")
+    path = find_media(world("msrvtt"), CLIPS4[0].media)
+    frames = read_frames(path, lambda times: frame_indices(len(times), 3, "eval"), 32)
+    assert head == "data:image/png;base64" and np.array_equal(seen, frames[1].permute(1, 2, 0))
+    assert told["title"] == HOSTILE and told["head"]["interval"] == pytest.approx(wilson(0.5, 8))
+    assert [k["kind"] for k in told["kinds"]] == ["kind 0", "kind 1", "all"]
+    looks = np.frombuffer(base64.b64decode(told["items"][0]["looks"]), np.uint8)
+    looks = looks.reshape(len(told["layers"]), len(told["items"][0]["words"]), 3, 16)
+    assert (looks.max((2, 3)) == 255).all() and told["layers"] == [1, 2]
+    assert [told["forward"], told["backward"]] == [(g - 1).tolist() for g in roll_groups(4, 4)]
 
 # ---- train: schedule, parameters, losses ----------------------------------------------------------------------------
 
@@ -2149,7 +2264,10 @@ def test_every_benchmark_trains_and_evaluates(world, run, name):
         assert "no test rows here" in told and {f.name for f in Path("run").iterdir()} == files
         return
     figures = re.search(r"^test: .*$(?:\n(?:kind| ?\S*(?: \S+)? +\d+ +\d).*$)*", told, re.M)[0]
-    assert figures in run("eval", "run/best.pt", "--predictions", "said.jsonl")
+    assert figures in run("eval", "run/best.pt", "--predictions", "said.jsonl", "--report", "page.html")
+    told = told_by("page.html")
+    assert len(told["items"]) == (task != "pretrain") * min(60, told["total"]) and Path("page.html").stat().st_size < 1e7
+    assert all(len(item["top"]) == len(item.get("shown", item["top"])) > 0 for item in told["items"])
     assert {f.name for f in Path("run").iterdir()} == files | {"test.json"}
     assert ("\nall " in figures) == (task not in ("retrieval", "pretrain"))
     assert len(open("said.jsonl").readlines()) == (0 if task == "pretrain" else len(load_split(name, root, "test")))

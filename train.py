@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from allinone import SIZES, AllInOne, UserError, load_weights, read_config
 from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, has_test, load_split, loader
-from eval import check_numbers, coverage, device_of, embeddings, evaluate, report, scores, survey, to_device, tokenizer_of
+from eval import by_kind, check_numbers, coverage, device_of, embeddings, evaluate, report, scores, survey, to_device, tokenizer_of
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
 # A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what it is to be divided by, "rows" or "masked".
@@ -384,8 +384,9 @@ def train(args):
         model.load_state_dict(torch.load(out / "best.pt", map_location=device, weights_only=True)["model"])
         metrics, records = evaluate(model, clips["test"], **how)
         if rank == 0:
-            (out / "test.json").write_text(json.dumps(metrics))
-            say("\n".join(report(metrics, records, splits["train"][0], roots[0])))
+            table = by_kind(records, splits["train"][0], roots[0])
+            (out / "test.json").write_text(json.dumps({**metrics, "kinds": table}))
+            say("\n".join(report(metrics, table)))
     else:
         say("no test rows here: the validation figure is the last")
     say(f"{time.perf_counter() - started:.0f} s; next: python eval.py {out}/best.pt" + (" --help" if "test" not in splits else ""))
