@@ -6,11 +6,14 @@
 """
 import argparse
 import base64
+import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
 import sys
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -20,9 +23,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from allinone import AllInOne, Config, UserError, read_weights
-from data import (BENCHMARKS, Clips, MissingMedia, Mixed, Recipe, Words, collate, encode_picture, find_media,
+from data import (BENCHMARKS, MEDIA, Clips, MissingMedia, Mixed, Recipe, Words, collate, encode_picture, find_media,
                   frame_indices, load_split, loader, read_frames)
 from rolling import roll_groups, roll_tokens
 
@@ -350,26 +354,97 @@ def look(path, model):
     return read_frames(path, pick, model.config.image)[None], seen
 
 
+def need_head(model, meta, names, task):
+    """The first of these heads that the model has. Raises UserError, naming the command that trains one."""
+    found = next((name for name in names if name in model.heads), None)
+    if found is None:
+        raise UserError(f"this checkpoint was trained for {meta['task']} and has no {', '.join(names[:-1])}"
+                        f"{' or ' * (len(names) > 1)}{names[-1]} head; train one: python train.py --task {task}")
+    return found
+
+
 @torch.inference_mode()
-def ask(model, meta, words, path, question, options=()):
-    """The lines that answer a question about a clip: the five best answers, or the options, with probabilities."""
+def ask(model, meta, words, path, question, options=(), captions=()):
+    """The lines that answer a question about a clip: the five best answers, or the options, with probabilities; or, for
+    each of `captions`, the probability that it belongs to the clip. First the seconds that were looked at."""
+    if captions:
+        need_head(model, meta, ["matching"], "pretrain")
+    elif options:
+        need_head(model, meta, ["choice", "rank", "matching"], "choice")
+    else:
+        need_head(model, meta, ["answer"], "vqa")
     frames, seconds = look(path, model)
-    task = "choice" if options else "vqa"
-    wanted = "choice, rank or matching" if options else "answer"
-    if not set(model.heads) & (set(wanted.replace(" or", ",").split(", ")) if options else {"answer"}):
-        raise UserError(f"this checkpoint was trained for {meta['task']} and has no {wanted} head; "
-                        f"train one: python train.py --task {task}")
-    if options:
+    if captions:
+        texts = [words.sentence(text, model.config.words) for text in captions]
+    elif options:
         texts = words.choices(question, options, "options" if question else "bare", model.config.words)
     else:
         texts = [words.sentence(question, model.config.words)]
-    device = next(model.parameters()).device
     batch = collate([{"index": 0, "frames": frames[0], "words": texts, "target": 0}], words.pad)
-    share = scores(model, task, to_device(batch, device))[0].softmax(0).cpu()
-    names = options or meta["answers"]
-    best = share.topk(min(5, len(names)))
+    batch = to_device(batch, next(model.parameters()).device)
+    if captions:
+        text, keep = batch["words"].view(len(texts), -1), batch["keep"].view(len(texts), -1)
+        video = model.embed_frames(batch["frames"]).expand(len(texts), -1, -1, -1)
+        share = model.heads["matching"](model.fuse(video, text, keep, first=1).pooled).softmax(-1)[:, 1].cpu()
+    else:
+        share = scores(model, "choice" if options else "vqa", batch)[0].softmax(0).cpu()
+    names = captions or options or meta["answers"]
+    best = share.topk(len(names) if captions else min(5, len(names)))
     return [f"looked at {', '.join(f'{s:.2f}' for s in seconds)} s of {path}",
             *(f"{p:7.1%}  {names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist()))]
+
+
+@torch.inference_mode()
+def search(model, meta, words, folder, text, checkpoint, most=10):
+    """The lines that name the clips in a folder nearest to a text, by cosine, with the seconds that were looked at.
+
+    Embeddings are kept in FOLDER.embeddings.npz: of files whose size and time stamp are as before, under a checkpoint
+    whose bytes are. Files that cannot be read are named and left out.
+    """
+    need_head(model, meta, ["contrast"], "retrieval")
+    folder, device = Path(folder), next(model.parameters()).device
+    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.suffix.lower() in MEDIA and f.is_file())
+    if not files:
+        raise UserError(f"--videos {folder}: no clips in it; expected files in {' '.join(MEDIA)}")
+    with open(checkpoint, "rb") as file:
+        sign = hashlib.file_digest(file, "sha256").hexdigest()
+    keep = folder.resolve().with_name(folder.resolve().name + ".embeddings.npz")
+    known, lost = {}, []
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):       # none yet, or not one of ours
+        with np.load(keep, allow_pickle=False) as saved:
+            if saved["checkpoint"] == sign:
+                rows = zip(*(saved[name].tolist() for name in ("names", "stamps", "seconds")), saved["vectors"])
+                known = {(name, *stamp): (seconds, vector) for name, stamp, seconds, vector in rows}
+    found, read = {}, 0
+    for name in tqdm(files, desc="reading", unit=" clips", disable=None):
+        stat = (folder / name).stat()
+        key = name, stat.st_size, stat.st_mtime_ns
+        if key not in known:
+            try:
+                frames, seconds = look(str(folder / name), model)
+            except UserError as error:
+                lost.append(str(error))
+                continue
+            vector = F.normalize(model.encode_video(frames.to(device))[0], dim=0)
+            known[key], read = (seconds, vector.cpu().numpy()), read + 1
+        found[key] = known[key]
+    if not found:
+        raise UserError(f"--videos {folder}: not one of {len(files)} clips can be read, the first: {lost[0]}")
+    seconds, vectors = zip(*found.values())
+    names, *stamps = zip(*found)
+    kept = f"kept in {keep}"
+    try:
+        with open(f"{keep}.part", "wb") as file:
+            np.savez(file, checkpoint=sign, names=names, stamps=np.array(stamps).T, seconds=seconds, vectors=vectors)
+        os.replace(f"{keep}.part", keep)
+    except OSError as error:
+        kept = f"not kept: {error}"
+    query = model.encode_text(torch.tensor([words.sentence(text, model.config.words)], device=device))
+    cosines = np.stack(vectors) @ F.normalize(query[0], dim=0).cpu().numpy()
+    return [*(f"cannot be read: {line}" for line in lost),
+            f"{len(found)} clips, {read} read now; embeddings {kept}",
+            *(f"{cosines[i]:7.3f}  {names[i]}  ({', '.join(f'{s:.2f}' for s in seconds[i])} s)"
+              for i in np.argsort(-cosines, kind="stable")[:most])]
 
 
 # ---- one page about an evaluation (--report) ------------------------------------------------------------------------
@@ -461,8 +536,11 @@ def page(title, about, model, clips, metrics, records, table):
 
     trials = len(records) // (2 if recipe.task == "vcr" else 1)                 # Q->AR: two rows are one trial
     name, value = next(iter(metrics.items()))
-    head = {"name": name, "value": value, "interval": wilson(value, trials) if trials else None,
-            **{k: table["all"][k] for k in ("chance", "majority", "order-blind") if table and recipe.task != "vcr"}}
+    head = {"name": name, "value": value, "interval": wilson(value, trials) if trials else None}
+    if recipe.task == "vcr":
+        head["chance"] = table["Q->A"]["chance"] * table["QA->R"]["chance"]
+    elif table:
+        head |= {k: table["all"][k] for k in ("chance", "majority", "order-blind")}
     groups = roll_groups(config.grid, config.grid, config.fraction, config.roll if recipe.T > 1 else "none")
     data = {"title": title, "about": about, "head": head, "total": len(records), "pictures": pictures, "items": items,
             "metrics": [figure(k, v) for k, v in metrics.items()],
@@ -721,6 +799,9 @@ def arguments():
     own.add_argument("--video", help="any file that PyAV opens, or a folder of pictures")
     own.add_argument("--ask", default="", help="a question about it")
     own.add_argument("--options", nargs="+", default=(), help="answers to choose from")
+    own.add_argument("--caption", nargs="+", default=(), help="sentences: how probably does each belong to it?")
+    own.add_argument("--search", help="a text; the clips of --videos nearest to it")
+    own.add_argument("--videos", help="a folder of clips, also in folders below it; embeddings are kept beside it")
     return parser.parse_args()
 
 
@@ -732,8 +813,14 @@ def run(args):
     check_numbers(args, ("views", "batch"), ("workers",))
     device = device_of(args.device)
     model, meta, words = load_model(args.checkpoint, device)
+    if args.search or args.videos:
+        if not (args.search and args.videos):
+            raise UserError('--search "text" and --videos FOLDER belong together')
+        return print("\n".join(search(model, meta, words, args.videos, args.search, args.checkpoint)))
+    if bool(args.video) != bool(args.ask or args.options or args.caption) or args.caption and (args.ask or args.options):
+        raise UserError('--video FILE goes with --ask "question", with --options a b c, with both, or with --caption "text"')
     if args.video:
-        return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options)))
+        return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options, args.caption)))
     name = args.benchmark or meta["benchmarks"][0]
     root = args.data or (f"{Path(meta['data'][0]).parent}/{BENCHMARKS[name].dataset}" if args.benchmark else meta["data"][0])
     bench = BENCHMARKS[name]

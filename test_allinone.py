@@ -2047,6 +2047,85 @@ def test_list_names_every_benchmark():
     lines = benchmark_table()
     assert [line.split()[0] for line in lines[1:]] == list(BENCHMARKS) and "held out" in lines[1]
 
+# ---- eval: your own video -------------------------------------------------------------------------------------------
+
+def stored(path, words, *heads, seed=0):
+    """A checkpoint of a small random model, as train.py would leave it."""
+    torch.manual_seed(seed)
+    model = small_model(words, *heads)
+    torch.save({"model": model.state_dict(), "config": asdict(model.config), "heads": heads, "answers": ["red", "blue"],
+                "task": "pretrain", "benchmarks": [], "tokenizer": words.tokenizer.to_str(), "views": 1}, path)
+    return model
+
+def test_captions_are_scored_by_matching(world, words, run):
+    """Each caption gets the probability of its pair alone, whatever stands beside it; the best comes first."""
+    model, path = stored("a.pt", words, "matching"), f"{world('msrvtt')}/videos/all/video0.mp4"
+    texts = ["a red ring", "red", "a blue ring moves left and then stops"]
+    line, *told = run("eval", "a.pt", "--video", path, "--caption", *texts).splitlines()
+    frames = read_frames(path, lambda times: frame_indices(len(times), 3, "eval"), 32)[None]
+    with torch.no_grad():
+        share = {text: model.heads["matching"](model(frames, torch.tensor([words.sentence(text, 20)])).pooled)
+                 .softmax(-1)[0, 1].item() for text in texts}
+    assert told == [f"{share[text]:7.1%}  {text}" for text in sorted(texts, key=share.get, reverse=True)]
+    assert re.fullmatch(rf"looked at \d\.\d\d, \d\.\d\d, \d\.\d\d s of {path}", line)
+
+@pytest.fixture
+def folder(world, tmp_path):
+    """clips/: two clips, a third in a folder below, and one that is broken."""
+    (tmp_path / "clips/more").mkdir(parents=True)
+    for n, name in enumerate(("b.mp4", "a b.mp4", "more/c.mp4")):
+        shutil.copy(f"{world('msrvtt')}/videos/all/video{n}.mp4", tmp_path / "clips" / name)
+    write(tmp_path, {"clips/broken.mp4": "no video", "clips/note.txt": "no clip"})
+    return tmp_path / "clips"
+
+def test_search_ranks_a_folder(folder, words, run):
+    """All clips by cosine with the seconds that were looked at; what cannot be read is named and left out."""
+    model = stored("a.pt", words, "contrast")
+    broken, line, *told = run("eval", "a.pt", "--search", "a red ring", "--videos", "clips").splitlines()
+    assert re.match("cannot be read: clips/broken.mp4: ", broken) and line.startswith("3 clips, 3 read now; embeddings kept")
+    text, cosines = torch.tensor([words.sentence("a red ring", 20)]), {}
+    for name in ("b.mp4", "a b.mp4", "more/c.mp4"):
+        frames = read_frames(folder / name, lambda times: frame_indices(len(times), 3, "eval"), 32)[None]
+        with torch.no_grad():
+            cosines[name] = F.cosine_similarity(model.encode_text(text), model.encode_video(frames)).item()
+    for name, shown in zip(sorted(cosines, key=cosines.get, reverse=True), told, strict=True):
+        assert re.fullmatch(rf" *(-?\d\.\d+)  {name}  \((\d\.\d\d(, )?){{3}} s\)", shown)
+        assert float(shown.split()[0]) == pytest.approx(cosines[name], abs=6e-4)
+
+def test_search_reads_what_changed(folder, words, run, tmp_path):
+    """Embeddings are kept beside the folder: nothing is read twice but changed files, or all under another checkpoint;
+    a damaged file of embeddings, or one that would execute something, is made anew."""
+    def read(checkpoint="a.pt"):
+        return int(re.search(r"(\d+) read now", run("eval", checkpoint, "--search", "red", "--videos", "clips"))[1])
+    stored("a.pt", words, "contrast"), stored("b.pt", words, "contrast", seed=1)
+    first = run("eval", "a.pt", "--search", "ring", "--videos", "clips").splitlines()[2:]
+    assert read() == 0 and run("eval", "a.pt", "--search", "ring", "--videos", "clips").splitlines()[2:] == first
+    os.utime(folder / "b.mp4", (1, 1))
+    assert read() == 1 and read() == 0
+    (folder / "a b.mp4").unlink()
+    assert read() == 0 and read("b.pt") == 2
+    kept = tmp_path / "clips.embeddings.npz"
+    for spoil in (lambda: kept.write_bytes(kept.read_bytes()[:99]), lambda: kept.write_text("no"),
+                  lambda: np.savez(kept, checkpoint=np.array([Path("x")], object))):
+        spoil()
+        assert read() == 2 and read() == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"a.pt", "b.pt", "clips", kept.name}
+
+def test_own_video_needs_the_head(folder, words, run):
+    """Without the head that a question needs, one line names the command that trains it; so do flags that do not go together."""
+    stored("a.pt", words, "answer"), stored("c.pt", words, "contrast")
+    write(folder, {"empty/x.txt": ""})
+    video = "--video", "clips/b.mp4"
+    for flags, line in (
+            (("a.pt", *video, "--caption", "x"), "no matching head; train one: python train.py --task pretrain"),
+            (("a.pt", "--search", "x", "--videos", "clips"), "no contrast head; train one: python train.py --task retrieval"),
+            (("c.pt", *video, "--ask", "x"), "no answer head; train one: python train.py --task vqa"),
+            (("c.pt", "--search", "x", "--videos", "clips/empty"), "--videos clips/empty: no clips in it"),
+            (("c.pt", "--search", "x"), "belong together"), (("c.pt", "--videos", "clips"), "belong together"),
+            (("a.pt", *video), "--video FILE goes with --ask"), (("a.pt", "--ask", "x"), "--video FILE goes with"),
+            (("a.pt", *video, "--ask", "x", "--caption", "y"), "--video FILE goes with")):
+        run("eval", *flags, refused=line)
+
 # ---- eval: one page about an evaluation ------------------------------------------------------------------------------
 
 def test_wilson_by_hand():
