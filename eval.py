@@ -2,7 +2,9 @@
 
     python eval.py runs/msrvtt-qa/best.pt                                        the test figure of a training run
     python eval.py runs/msrvtt-qa/best.pt --video clip.mp4 --ask "what shape is it?"
+    python eval.py runs/msrvtt-qa/best.pt --report page.html                     and one page about it
     python eval.py --list                                                        the benchmarks
+    python eval.py --compare runs/abl-*                                          a table over seeds
 """
 import argparse
 import base64
@@ -12,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import zipfile
 import zlib
@@ -25,10 +28,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from allinone import AllInOne, Config, UserError, read_weights
+from allinone import AllInOne, Config, UserError, read_weights, run_main
 from data import (BENCHMARKS, MEDIA, Clips, MissingMedia, Mixed, Recipe, Words, collate, encode_picture, find_media,
                   frame_indices, load_split, loader, read_frames)
-from rolling import roll_groups, roll_tokens
+from rolling import FRAMES, LINE, SOFT, box, label, roll_groups, roll_tokens, svg
 
 # ---- metrics: pure functions ----------------------------------------------------------------------------------------
 
@@ -275,7 +278,7 @@ def by_kind(records, train, root):
 
 
 def figure(name, value):
-    return f"{name} {value:g}" if name.endswith("R") or value > 1 else f"{name} {value:.2%}"       # MedR, MeanR: ranks
+    return f"{name} {value:g}" if name.endswith(("MedR", "MeanR")) or value > 1 else f"{name} {value:.2%}"
 
 
 def report(metrics, table, most=9):
@@ -445,6 +448,117 @@ def search(model, meta, words, folder, text, checkpoint, most=10):
             f"{len(found)} clips, {read} read now; embeddings {kept}",
             *(f"{cosines[i]:7.3f}  {names[i]}  ({', '.join(f'{s:.2f}' for s in seconds[i])} s)"
               for i in np.argsort(-cosines, kind="stable")[:most])]
+
+
+# ---- run folders: curves and tables ---------------------------------------------------------------------------------
+
+def read_run(folder):
+    """(config, [log line], test figures or None) of a run folder."""
+    folder = Path(folder)
+    try:
+        config, test = json.loads((folder / "config.json").read_text()), folder / "test.json"
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return config, log, json.loads(test.read_text()) if test.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no run of train.py: {error}") from None
+
+
+def ticks(top):
+    """Round numbers from 0 on, at most six, the last at or above top."""
+    unit = 10 ** math.floor(math.log10(top))
+    step = next(unit * k for k in (0.2, 0.5, 1, 2) if unit * k * 5 >= top)
+    return [i * step for i in range(math.ceil(round(top / step, 9)) + 1)]
+
+
+def panel(y, title, unit, series, levels, end, height=170, width=440, left=70):
+    """Curves {name: [(step, value)]} over dotted levels {name: (value, color)}, from step 0 to end, axes and a legend."""
+    marks = ticks(max([v for points in series.values() for _, v in points] + [v for v, _ in levels.values()] + [1e-9]))
+    px, py = lambda step: left + width * step / end, lambda value: y + height * (1 - value / marks[-1])
+    parts, names = [label(left, y - 14, title, weight=600)], {}
+    for value in marks:
+        parts += [box(left, py(value), width, 1, LINE), label(left - 8, py(value) + 4, f"{value:g}{unit}", SOFT, "end", 12)]
+    for step in ticks(end):
+        if step <= end:
+            parts.append(label(px(step), y + height + 18, f"{step:g}", SOFT, "middle", 12))
+    for color, (name, points) in zip(FRAMES, series.items()):
+        line = " ".join(f"{px(step):.1f},{py(value):.1f}" for step, value in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{px(s):.1f}" cy="{py(v):.1f}" r="3" fill="{color}"/>' for s, v in points if len(points) < 20]
+        names[name] = color, ""
+    for name, (value, color) in levels.items():
+        parts.append(f'<path d="M{left} {py(value):.1f}h{width}" stroke="{color}" stroke-width="1.5" stroke-dasharray="2 4"/>')
+        names[f"{name} {value:.3g}{unit}"] = color, ' stroke-dasharray="2 4"'
+    for i, (name, (color, dash)) in enumerate(names.items()):
+        at = left + width + 20, y + 8 + 20 * i
+        parts += [f'<path d="M{at[0]} {at[1]}h20" stroke="{color}" stroke-width="2"{dash}/>', label(at[0] + 27, at[1] + 4, name)]
+    return parts
+
+
+def curves(folder):
+    """SVG of a run: training losses with that of a guess (ln of the number of choices), and validation in percent with
+    the chance and the order-blind ceiling of the test, where they are known."""
+    config, log, test = read_run(folder)
+    kinds = (test or {}).get("kinds", {}).get("all", {})
+    choices = {"vqa": config["answers"], "action": config["answers"], "vcr": 4, "matching": 2, "mlm": config["vocab"],
+               "contrast": config["batch"] ** 2, "choice": 1 / kinds["chance"] if kinds else None}     # both directions
+    train, val = [line for line in log if "val" not in line], [line for line in log if "val" in line]
+    if not train:
+        raise UserError(f"{folder}/metrics.jsonl has no line yet; let train.py run on")
+    losses = {name: [(line["step"], line[name]) for line in train] for name in choices if name in train[0]}
+    guess = {f"{name}, a guess": (math.log(choices[name]), color) for name, color in zip(losses, FRAMES) if choices[name]}
+    shares = {}
+    for name in val[0]["val"] if val else ():
+        points = [(line["step"], 100 * line["val"][name]) for line in val]
+        if max(v for _, v in points) <= 100 and points not in shares.values() and len(shares) < 3:
+            shares[name] = points
+    levels = {f"{name}, test": (100 * kinds[name], color) for name, color in (("chance", SOFT), ("order-blind", "#b93a20"))
+              if kinds.get(name)}
+    end = log[-1]["step"]
+    return svg(800, 560, label(24, 34, Path(folder).resolve().name, size=17, weight=600),
+               *panel(86, "Training loss (nats)", "", losses, guess, end), *panel(326, "Validation", " %", shares, levels, end),
+               label(290, 538, "optimiser step", SOFT, "middle", 12))
+
+
+def compare(folders):
+    """A Markdown table of the test figures of runs, mean and standard deviation over seeds: a row for each group of runs
+    that differ in nothing else, with only the settings that vary; below, chance and the order-blind ceiling."""
+    groups, lines = {}, []
+    for folder in sorted(map(str, folders)):
+        config, _, test = read_run(folder)
+        if test is None:
+            lines.append(f"{folder} has no test.json yet and is left out")
+            continue
+        seed = config.pop("seed")
+        config["init"] = config["init"] and re.sub(rf"\bs{seed}\b", "sSEED", config["init"])     # from a run of its seed
+        seeds = groups.setdefault(json.dumps(config, sort_keys=True), {})
+        if seed in seeds:
+            raise UserError(f"{folder}: another run of the same settings has seed {seed} too; leave one of them out")
+        seeds[seed] = test
+    if not groups:
+        raise UserError("not one of these runs has a test.json; let train.py finish")
+    configs, tests = [json.loads(text) for text in groups], [[*seeds.values()] for seeds in groups.values()]
+    if len({str(config["benchmarks"]) for config in configs}) > 1:
+        raise UserError(f"{len(groups)} groups of runs are of several benchmarks; compare those of one")
+    varies = [name for name in configs[0] if len({str(config.get(name)) for config in configs}) > 1]
+    kinds = tests[0][0]["kinds"]
+    shown = ["all", *sorted([*kinds][:-1])[:9]] if len(kinds) > 2 else ["all"] if kinds else []
+    figures = [[[test["kinds"][kind]["accuracy"] for test in some] for kind in shown] or
+               [[next(iter(test.values())) for test in some]] for some in tests]
+
+    def spread(values):
+        return f"{100 * np.mean(values):.1f}" + (f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+    heads = [*varies, "runs", *(shown or [next(iter(tests[0][0]))])]
+    rows = [[*(str(config.get(name)) for name in varies), str(len(some)), *map(spread, values)]
+            for config, some, values in zip(configs, tests, figures)]
+    for name in ("chance", "order-blind"):
+        if kinds and kinds["all"][name] is not None:
+            blank = [""] * len(varies)
+            rows.append([*(name, *blank)[:len(varies) + 1], *(f"{100 * kinds[kind][name]:.1f}" for kind in shown)])
+    wide = [max(map(len, column)) for column in zip(heads, *rows)]
+    line = lambda cells: "| " + " | ".join(cell.ljust(n) for cell, n in zip(cells, wide)) + " |"
+    return [*lines, line(heads), line(["-" * n for n in wide]), *map(line, rows), "",
+            "accuracy in %, mean ± standard deviation over seeds"]
 
 
 # ---- one page about an evaluation (--report) ------------------------------------------------------------------------
@@ -784,30 +898,42 @@ if (data.items.length) {
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="best.pt of a run")
-    parser.add_argument("--list", action="store_true", help="print the benchmarks and stop")
+    parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     data, own = parser.add_argument_group("evaluate a benchmark"), parser.add_argument_group("your own video")
-    data.add_argument("--benchmark", choices=BENCHMARKS, help="default: that of the checkpoint")
+    runs = parser.add_argument_group("about benchmarks and runs, without a checkpoint")
+    data.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME", help="out of --list (default: the checkpoint's)")
     data.add_argument("--data", help="folder of the dataset, or a .jsonl (default: that of the checkpoint)")
-    data.add_argument("--predictions", help="write one JSON line per test item: id, prediction, truth, score")
-    data.add_argument("--report", help="write one HTML page: the figures; clips with what the model saw and said")
+    data.add_argument("--report", metavar="HTML", help="write one page: the figures; clips with what the model saw and said")
+    data.add_argument("--predictions", metavar="JSONL", help="write a line per test item: id, prediction, truth, score")
     data.add_argument("--views", type=int, help="sets of frames a clip, scores averaged (default: as trained)")
-    data.add_argument("--batch", type=int, default=64, help="clips at a time (default 64)")
-    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="decoding processes (default %(default)s)")
+    data.add_argument("--batch", type=int, default=64, help="clips at a time (default %(default)s)")
+    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+                      help="decoding processes (here default %(default)s)")
     data.add_argument("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
-    data.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    data.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    own.add_argument("--video", help="any file that PyAV opens, or a folder of pictures")
-    own.add_argument("--ask", default="", help="a question about it")
-    own.add_argument("--options", nargs="+", default=(), help="answers to choose from")
-    own.add_argument("--caption", nargs="+", default=(), help="sentences: how probably does each belong to it?")
-    own.add_argument("--search", help="a text; the clips of --videos nearest to it")
-    own.add_argument("--videos", help="a folder of clips, also in folders below it; embeddings are kept beside it")
+    data.add_argument("--amp", action="store_true", help="bfloat16 autocast (default: float32)")
+    own.add_argument("--video", metavar="FILE", help="whatever PyAV opens, or a folder of pictures")
+    own.add_argument("--ask", metavar="TEXT", default="", help="a question about it")
+    own.add_argument("--options", metavar="TEXT", nargs="+", default=(), help="answers to choose from")
+    own.add_argument("--caption", metavar="TEXT", nargs="+", default=(), help="sentences: how probably is each about it?")
+    own.add_argument("--search", metavar="TEXT", help="name the ten clips of --videos that are nearest to a text")
+    own.add_argument("--videos", metavar="FOLDER", help="clips, also in folders below; embeddings are kept beside it")
+    runs.add_argument("--list", action="store_true", help="print the benchmarks")
+    runs.add_argument("--plot", metavar="RUN", nargs="+", default=(), help="write RUN/curves.svg: loss and validation")
+    runs.add_argument("--compare", metavar="RUN", nargs="+", help="print a table of test figures, mean and std over seeds")
     return parser.parse_args()
 
 
 def run(args):
     if args.list:
         return print("\n".join(benchmark_table()))
+    if args.compare:
+        return print("\n".join(compare(args.compare)))
+    for folder in args.plot:
+        path = Path(folder) / "curves.svg"
+        path.write_text(curves(folder), encoding="utf-8")
+        print(path)
+    if args.plot:
+        return
     if not args.checkpoint:
         raise UserError("no checkpoint given; train one with python train.py --task vqa, or see python eval.py --list")
     check_numbers(args, ("views", "batch"), ("workers",))
@@ -852,11 +978,7 @@ def run(args):
 
 
 def main():
-    try:
-        run(arguments())
-    except UserError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main("eval.py", lambda: run(arguments()))
 
 
 if __name__ == "__main__":
