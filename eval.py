@@ -750,7 +750,7 @@ function make(tag, look, ...inside) {             // an element; strings become 
 }
 function bar(share, row = {}) {
   const fill = make("i", "fill"), all = make("div", "bar", fill)
-  fill.style.width = 100 * Math.max(0, share) + "%"
+  fill.style.width = 100 * Math.min(1, Math.max(0, share)) + "%"
   if (row.interval) {
     const span = all.appendChild(make("i", {className: "span", title: "95 % interval"}))
     span.style.left = 100 * row.interval[0] + "%"

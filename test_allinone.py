@@ -27,6 +27,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
+from xml.etree import ElementTree
 
 import av
 import numpy as np
@@ -37,19 +38,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import allinone
 import data
 import eval
+import rolling
 import toy
 import train
 from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_weights, read_config, read_weights,
-                      resize_positions)
+                      resize_positions, run_main)
 from data import (BENCHMARKS, Clips, Example, MissingMedia, Mixed, Order, Recipe, VideoError, Words, answer_list,
                   collate, crop, encode_picture, find_media, frame_indices, has_test, hold_out, load_split, loader, pick_frames,
                   read_frames, read_jsonl_file, tint, wordpiece)
 from eval import (FINISH, benchmark_table, by_kind, chosen, coverage, embeddings, evaluate, gaze, page, ranks,
                   recall_metrics, report, scores, survey, wilson)
 from rolling import roll_groups, roll_loop, roll_tokens
-from train import TASKS, counts, lr_at, parameter_groups
+from train import TASKS, counts, lr_at, overrides, parameter_groups
 
 SHARED = Path(__file__).resolve().parent / "../shared"          # fixtures that are not part of the project
 PARITY = SHARED / "parity"
@@ -152,6 +155,25 @@ def test_rolling_refuses():
     for wrong in ({"layout": "random"}, {"fraction": 0.3}, {"fraction": 2 / 3}, {"fraction": -1 / 4}, {"fraction": 2}):
         with pytest.raises(ValueError, match="choose"):
             roll_groups(4, 4, **wrong)
+
+def drawn(svg):
+    """[(tag, attributes, text)] of an SVG, which must be sound XML and lie within its width."""
+    root = ElementTree.fromstring(svg)
+    assert all(float(e.get("x", 0)) < float(root.get("viewBox").split()[2]) for e in root.iter())
+    return [(e.tag.split("}")[1], e.attrib, e.text) for e in root.iter()]
+
+def test_roll_figure_shows_the_op():
+    """Each frame has as many squares of each colour as tokens of that frame: all before, 3/4 and twice 1/8 after."""
+    paths = [a["d"].count("z") for tag, a, _ in drawn(rolling.figure(side=16)) if tag == "path"]
+    assert paths == [256, 0, 0, 0, 256, 0, 0, 0, 256, 192, 32, 32, 32, 192, 32, 32, 32, 192]
+
+def test_a_reader_may_close_the_pipe(monkeypatch):
+    """As `| head` does: no traceback, neither at once nor when the interpreter flushes at its end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        run_main("x.py", lambda: print("a line"))
 
 # ---- allinone: helpers ----------------------------------------------------------------------------------------------
 
@@ -373,6 +395,19 @@ def test_model_refuses():
     for T in (0, 5):
         with pytest.raises(ValueError, match=f"clips of {T} frames"):
             model(torch.zeros(2, T, 3, 32, 32).double(), words)
+
+def test_without_time_only_rolling_tells_order():
+    """time=False: the embeddings are there but add nothing, so without rolling any order of frames looks the same."""
+    frames, words, keep = inputs(T=4)
+    blind, seeing = (ready(replace(SMALL, roll=roll, time=False)) for roll in ("none", "spread"))
+    assert close(blind(frames.flip(1), words, keep).pooled, blind(frames, words, keep).pooled)
+    assert not close(seeing(frames.flip(1), words, keep).pooled, seeing(frames, words, keep).pooled, 1e-4)
+
+def test_sequence_figure_shows_the_mask():
+    """Of 72 x 72 pairs those within a frame are filled, but not the two columns of padding."""
+    boxes = [a for tag, a, _ in drawn(allinone.figure()) if tag == "rect" and a["height"] == "5"]
+    assert sum(float(a["width"]) for a in boxes) / 5 == 3 * 24 * 22 and len({a["y"] for a in boxes}) == 72
+    assert {(float(a["x"]) - 92) // 120 == (float(a["y"]) - float(boxes[0]["y"])) // 120 for a in boxes} == {True}
 
 # ---- weights: helpers -----------------------------------------------------------------------------------------------
 
@@ -2126,6 +2161,65 @@ def test_own_video_needs_the_head(folder, words, run):
             (("a.pt", *video, "--ask", "x", "--caption", "y"), "--video FILE goes with")):
         run("eval", *flags, refused=line)
 
+# ---- eval: run folders ----------------------------------------------------------------------------------------------
+
+def run_folder(name, test=None, log=(), **config):
+    """A run folder as train.py leaves it, with these test figures and log lines."""
+    Path(name).mkdir(parents=True)
+    config = {"benchmarks": ["msrvtt-qa"], "roll": "spread", "init": None, "seed": 0, "answers": 8, "vocab": 9, "batch": 4} | config
+    files = {"config.json": json.dumps(config), "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in log)}
+    write(Path(name), files | ({"test.json": json.dumps(test)} if test else {}))
+
+def figures_of(which, way=0.5):
+    return {"accuracy": which, "kinds": {kind: {"questions": 9, "accuracy": value, "chance": 0.25, "majority": 0.3, "order-blind": blind}
+                                         for kind, value, blind in (("which", which, 0.5), ("way", way, 1), ("all", which, 0.75))}}
+
+def test_compare_groups_runs_by_what_varies(tmp_path, monkeypatch):
+    """Two groups of two and one run: mean and deviation by hand; runs that start from the run of their seed are alike."""
+    monkeypatch.chdir(tmp_path)
+    for seed, a, b in ((0, 0.5, 0.9), (1, 0.7, 0.8)):
+        run_folder(f"a{seed}", figures_of(a), seed=seed, roll="none", init=f"runs/pre-s{seed}/best.pt")
+        run_folder(f"b{seed}", figures_of(b, 0.1 * seed), seed=seed, init=f"runs/pre-s{seed}/best.pt")
+    run_folder("c", figures_of(1 / 3)), run_folder("d")
+    lost, *table = eval.compare(["a0", "a1", "b0", "b1", "c", "d"])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[:-2]]
+    assert lost == "d has no test.json yet and is left out" and len({len(line) for line in table[:-2]}) == 1
+    start = "runs/pre-sSEED/best.pt"
+    assert cells[:1] + cells[2:] == [
+        ["roll", "init", "runs", "all", "way", "which"], ["none", start, "2", "60.0 ± 14.1", "50.0 ± 0.0", "60.0 ± 14.1"],
+        ["spread", start, "2", "85.0 ± 7.1", "5.0 ± 7.1", "85.0 ± 7.1"], ["spread", "None", "1", "33.3", "50.0", "33.3"],
+        ["chance", "", "", "25.0", "25.0", "25.0"], ["order-blind", "", "", "75.0", "100.0", "50.0"]]
+
+def test_compare_refuses(tmp_path, monkeypatch):
+    """No run, none that is finished, the same run twice, several benchmarks: one line each."""
+    monkeypatch.chdir(tmp_path)
+    run_folder("a", figures_of(0.5)), run_folder("b", figures_of(0.5)), run_folder("c")
+    run_folder("d", figures_of(0.5), benchmarks=["msvd-qa"])
+    for runs, line in ((["none"], "none is no run of train.py"), (["c"], "not one of these runs has a test.json"),
+                       (["a", "b"], "b: another run of the same settings has seed 0"), (["a", "d"], "several benchmarks")):
+        with pytest.raises(UserError, match=line):
+            eval.compare(runs)
+
+def test_ticks_are_round():
+    """From 0 in at most five steps of 1, 2 or 5, to just above the highest value."""
+    for top, want in ((1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (2.32, [0, 0.5, 1, 1.5, 2, 2.5]), (89, [0, 20, 40, 60, 80, 100]),
+                      (2104, [0, 500, 1000, 1500, 2000, 2500]), (0.03, [0, 0.01, 0.02, 0.03])):
+        assert eval.ticks(top) == pytest.approx(want)
+
+def test_curves_show_the_log(tmp_path, monkeypatch):
+    """One line per loss and figure, at the right heights; guesses, chance and ceiling dotted; nothing logged, one line."""
+    monkeypatch.chdir(tmp_path)
+    log = [{"step": 10 * n, "vqa": 4 / n, "lr": 1, "clips_per_s": 9, "waiting": 0} for n in (1, 2, 4)]
+    log.insert(2, {"step": 20, "val": {"accuracy": 0.5, "same": 0.5, "MedR": 200.0}})
+    run_folder("a <b>", figures_of(0.5), log), run_folder("c")
+    parts = drawn(eval.curves("a <b>"))
+    lines = [a["points"] for tag, a, _ in parts if tag == "polyline"]
+    texts = [text for tag, _, text in parts if tag == "text"]
+    assert lines == ["180.0,86.0 290.0,171.0 510.0,213.5", "290.0,389.8"] and {"0 %", "80 %", "optimiser step"} <= {*texts}
+    assert {"a <b>", "vqa", "vqa, a guess 2.08", "accuracy", "chance, test 25 %", "order-blind, test 75 %"} <= {*texts}
+    with pytest.raises(UserError, match="c/metrics.jsonl has no line yet"):
+        eval.curves("c")
+
 # ---- eval: one page about an evaluation ------------------------------------------------------------------------------
 
 def test_wilson_by_hand():
@@ -2272,6 +2366,16 @@ def test_accumulation_changes_nothing(task):
         assert count == whole
     assert close(grads[0], grads[1], 1e-6) and close(grads[0], grads[2], 1e-6)
     assert max(g.abs().max() for g in grads[0]) > 1e-3
+
+def test_overrides_by_name():
+    """--set gives Config's types; a wrong name or value is one line that says what is allowed."""
+    assert overrides(["fraction=0.125", "time=0", "roll_unimodal=1", "layers=2"]) == {
+        "fraction": 0.125, "time": False, "roll_unimodal": True, "layers": 2}
+    for pair, line in (("frames=3", "NAME one of width, .*fraction, roll_unimodal, time"), ("time", "time needs 0 or 1"),
+                       ("time=yes", "time needs 0 or 1"), ("layers=0", "layers needs a whole number above 0"),
+                       ("layers=1.5", "a whole"), ("fraction=2", "fraction needs a number from 0 to 1"), ("std=nan", "std needs")):
+        with pytest.raises(UserError, match=f"--set {pair}: .*{line}"):
+            overrides([pair])
 
 def test_losses_by_hand():
     """A pretraining batch: PyTorch's losses of the model's plain outputs, and contrast as a loop over pairs."""
@@ -2481,6 +2585,9 @@ MISTAKES = [
     ("train --data empty", "train_qa.json: Expecting value"), ("train --data my.jsonl", "my.jsonl.*No such file"),
     ("train --data norows", "no rows for 'train' of msrvtt-qa"), ("train --data noclips", "clips are missing, more"),
     ("train --tokenizer none.json", "--tokenizer none.json"), ("train --init none.pt", "none.pt is not a file"),
+    ("train --set speed=1", "--set speed=1: NAME=VALUE is needed"), ("train --set fraction=0.3", "fraction 0.3 is not 0 or 2"),
+    ("train --set width=97", "width 97 is not a multiple of heads 4"),
+    ("eval --plot empty", "empty is no run of train.py"), ("eval --compare old empty", "empty is no run of train.py"),
     ("train --out old", "old already holds a run; pass --resume"),
     ("train --out old --resume --steps 1 --seed 3", "another run than old: seed was 0, now 3; use"),
     ("train --out old --resume --steps 1 --frames 2", "another run than old: frames was 3, now 2; use"),
