@@ -5,6 +5,7 @@ Checked against the released model's outputs (random weights, shuffle off), the 
 
     python allinone.py             the sizes: parameters, multiply-adds, milliseconds on this machine
     python allinone.py --bench     times and memory beside a plain reference, and beside what this machine can do
+    python allinone.py --svg figures/sequence.svg       the joint sequence and who looks at whom, as a picture
 
 Axes, the same letters in every file:
     B clips · T frames · L text tokens · N visual tokens per frame, CLS included · S = L + N · D width · H heads
@@ -16,6 +17,7 @@ import argparse                                         # on getting memory than
 import math
 import multiprocessing
 import re
+import sys
 import warnings
 import zipfile
 from dataclasses import dataclass, replace
@@ -29,11 +31,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rolling import Permute, roll_groups, roll_index
+from rolling import FRAMES, LINE, SOFT, Permute, box, label, roll_groups, roll_index, roll_tokens, svg
 
 
 class UserError(ValueError):
     """A mistake that a user can mend: one line with what, the value, what is allowed and the next command."""
+
+
+def run_main(script, main):
+    """main(), a UserError being one line and exit code 2; a reader that closes the pipe early (| head) is no mistake."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -54,6 +68,7 @@ class Config:
     roll: str = "spread"            # layout of the rolled tokens: spread, block or none
     fraction: float = 1 / 4         # share of the tokens that roll, half of it each way
     roll_unimodal: bool = False     # roll in video-only runs too (not released)
+    time: bool = True               # add time embeddings to the patches
     dropout: float = 0.1            # after embeddings, attention output and both MLP layers
     drop_path: float = 0.1          # of the last block; rises linearly from 0 at the first
     std: float = 0.02               # of matrices and tables at the start, time 0, as released; narrow models learn from
@@ -238,7 +253,7 @@ class AllInOne(nn.Module):
         x = x.flatten(2).transpose(1, 2).unflatten(0, (B, T))                               # (B, T, N-1, D)
         position = resize_positions(self.position, frames.shape[-2] // self.config.patch,
                                     frames.shape[-1] // self.config.patch)
-        x = x + position[1:] + self.time[:T, None]          # time on patches only, as released
+        x = x + position[1:] + (self.time[:T, None] if self.config.time else 0)     # time on patches only, as released
         cls = (self.cls + position[0]).expand(B, T, 1, -1)
         x = dropout(torch.cat([cls, x], 2), self.config.dropout, self.training)
         return x + self.modality[1]
@@ -680,12 +695,51 @@ def seconds(run, times=1):
     return (perf_counter() - start) / times
 
 
+def figure(L=7, real=5, cell=22, dot=5):
+    """SVG: the tokens of three frames after one roll, coloured by the frame they come from, and the attention mask as the
+    model applies it: each (query, key) where a toy model's attention is not zero."""
+    config, maps = SIZES["toy"], []
+    T, N = config.frames, 1 + config.grid ** 2
+    S, side = L + N, T * (L + N) * dot
+    frames, words = torch.zeros(1, T, 3, config.image, config.image), torch.zeros(1, L, dtype=torch.long)
+    AllInOne(config).eval()(frames, words, torch.arange(L)[None] < real, maps)
+    groups = roll_groups(config.grid, config.grid, config.fraction, config.roll)
+    came_from = roll_tokens(torch.arange(T).view(1, T, 1, 1).expand(1, T, N, 1), *groups)[0, :, :, 0].tolist()
+    at = lambda n: 92 + n * cell + 8 * (n >= L) + 8 * (n > L)                   # x of token n, with gaps around CLS
+    parts = [label(24, 34, "The joint sequence", size=17, weight=600),
+             label(24, 55, "One per frame: the same words in each, then that frame's CLS and patches.", SOFT)]
+    for n, name in ((0, "words"), (real, "padding"), (L, "CLS"), (L + 1, "patches, coloured by the frame they come from")):
+        parts.append(label(at(n), 92, name, SOFT, size=12))
+    for t in range(T):
+        y, colors = 100 + t * (cell + 10), ["#9aa5b1"] * real + [LINE] * (L - real) + [FRAMES[f] for f in came_from[t]]
+        parts.append(label(24, y + 16, f"frame {t}", weight=600))
+        parts += [box(at(n), y, cell - 2, cell - 2, colors[n], 10 if n == L else 4) for n in range(S)]
+    top = 100 + T * (cell + 10) + 66
+    parts += [label(24, top - 34, "Who looks at whom", size=17, weight=600),
+              label(24, top - 14, "A row for each token that looks, a column for each that is looked at.", SOFT),
+              box(92, top, side, side, "#f3f5f7")]
+    for t in range(T):
+        parts.append(label(24, top + (t + 0.5) * S * dot + 4, f"frame {t}", weight=600))
+        for q, seen in enumerate((maps[0][t].sum(0) > 0).tolist()):
+            ends = [n for n in range(S + 1) if (n < S and seen[n]) != (n > 0 and seen[n - 1])]
+            parts += [box(92 + (t * S + a) * dot, top + (t * S + q) * dot, (b - a) * dot, dot, FRAMES[t])
+                      for a, b in zip(ends[::2], ends[1::2])]
+    told = ("Attention stays inside a frame:", "three blocks, one per frame.", "", "Pale stripes: padding words are",
+            "looked at by nobody.", "", "All that a frame hears of the", "others came with the tokens", "that rolled in.")
+    parts += [label(92 + side + 24, top + 16 + 19 * i, line) for i, line in enumerate(told)]
+    return svg(680, top + side + 24, *parts)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--svg", type=Path, help="write the picture to this file and stop")
     parser.add_argument("--bench", action="store_true", help="times and memory beside a plain reference")
     parser.add_argument("--size", choices=SIZES, default="base", help="of the bench (default base)")
     parser.add_argument("--clips", type=int, default=2, help="B of the bench on a CPU (default 2)")
     args = parser.parse_args()
+    if args.svg:
+        args.svg.parent.mkdir(parents=True, exist_ok=True)
+        return args.svg.write_text(figure())
     if args.bench:
         return bench_gpu(args.size) if torch.cuda.is_available() else bench(args.size, args.clips)
     print(f"{'size':6s} {'D':>4s} {'layers':>6s} {'H':>3s} {'R':>4s} {'P':>3s} {'parameters':>11s} {'GMAC':>7s} {'forward':>10s}")

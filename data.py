@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache, partial
 
 import av
@@ -312,6 +313,16 @@ def _orientation(frame):
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
     swap = abs(a) < abs(b)
     return (True, c < 0, b < 0) if swap else (False, a < 0, d < 0)
+
+
+def encode_picture(picture, suffix):
+    """One picture, uint8 RGB (height, width, 3) -> the bytes of a .jpg (of high quality) or a .png file."""
+    codec, pixels = {".jpg": ("mjpeg", "yuvj420p"), ".png": ("png", "rgb24")}[suffix]
+    encoder = av.CodecContext.create(codec, "w")
+    encoder.height, encoder.width, encoder.pix_fmt = *picture.shape[:2], pixels
+    encoder.time_base, encoder.thread_count, encoder.qmax = Fraction(1, 3), 1, 4
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    return b"".join(map(bytes, encoder.encode(frame)))
 
 
 # ---- what a row and a benchmark are ---------------------------------------------------------------------------------

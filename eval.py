@@ -2,13 +2,21 @@
 
     python eval.py runs/msrvtt-qa/best.pt                                        the test figure of a training run
     python eval.py runs/msrvtt-qa/best.pt --video clip.mp4 --ask "what shape is it?"
+    python eval.py runs/msrvtt-qa/best.pt --report page.html                     and one page about it
     python eval.py --list                                                        the benchmarks
+    python eval.py --compare runs/abl-*                                          a table over seeds
 """
 import argparse
+import base64
+import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
-import sys
+import re
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
@@ -19,10 +27,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-from allinone import AllInOne, Config, UserError, read_weights
-from data import (BENCHMARKS, Clips, MissingMedia, Mixed, Recipe, Words, collate, find_media, frame_indices, has_split,
-                  load_split, loader, opens, read_frames)
+from allinone import AllInOne, Config, UserError, read_weights, run_main
+from data import (BENCHMARKS, MEDIA, Clips, MissingMedia, Mixed, Recipe, Words, collate, encode_picture, find_media,
+                  frame_indices, has_split, load_split, loader, opens, read_frames)
+from rolling import FRAMES, LINE, SOFT, box, label, roll_groups, roll_tokens, svg
 
 # ---- metrics: pure functions ----------------------------------------------------------------------------------------
 
@@ -322,30 +332,48 @@ def coverage(examples, answers):
     return sum(e.answer in answers for e in examples) / max(1, len(examples))
 
 
-def report(metrics, records, train, root, split="test", most=9):
-    """The lines that end a run: metrics, and for questions the accuracy by kind, beside the chance of guessing among the
-    training answers of that kind, the majority answer, and the ceiling of a model blind to the order of frames where
-    the data folder states it (order_blind.json, {kind: share})."""
-    lines = [f"{split}: " + ", ".join(f"{k} {v:g}" if k.endswith(("MedR", "MeanR", "missing")) else f"{k} {v:.2%}"
-                                  for k, v in metrics.items())]
-    if not records or "rank" in records[0]:
-        return lines
+def by_kind(records, train, root):
+    """{kind: {questions, accuracy, chance, majority, order-blind}}, the most frequent kind first, "all" the last; in
+    shares of 1. Chance and majority are those of the training answers of that kind; order-blind is the ceiling of a
+    model that does not see the order of frames, where the data folder states it (order_blind.json, {kind: share}),
+    else None. Retrieval: "all" alone, accuracy being R@1."""
+    if not records:
+        return {}
+    if "rank" in records[0]:
+        chance = 1 / len({r["truth"] for r in records})
+        return {"all": {"questions": len(records), "accuracy": accuracy(records), "chance": chance, "majority": None, "order-blind": None}}
     path = Path(root) / "order_blind.json"
     blind, rows, answers = json.loads(path.read_text()) if path.exists() else {}, defaultdict(list), defaultdict(Counter)
     for e in train:
         answers[e.kind][e.options[e.answer] if e.options else f"class {e.answer}" if isinstance(e.answer, int) else e.answer] += 1
     for r in records:
         rows[r["kind"]].append(r)
-    shown = sorted(sorted(rows, key=lambda kind: -len(rows[kind]))[:most])
-    lines.append(f"{'kind':16s} {'questions':>9s} {'accuracy':>9s} {'chance':>7s} {'majority':>9s} {'order-blind':>12s}")
-    for kind in [*shown, "all"]:
-        some = records if kind == "all" else rows[kind]
+    table = {}
+    for kind, some in [*sorted(rows.items(), key=lambda item: -len(item[1])), ("all", records)]:
         mean = lambda value: sum(map(value, some)) / len(some)
-        guess = mean(lambda r: 1 / (r["options"] or max(1, len(answers[r["kind"]]))))
-        major = mean(lambda r: 1 / r["options"] if r["options"] else
-                     bool(answers[r["kind"]]) and r["truth"] == answers[r["kind"]].most_common(1)[0][0])
-        ceiling = f"{mean(lambda r: blind.get(r['kind'], 1.0)):12.1%}" if blind else f"{'-':>12s}"
-        lines.append(f"{kind:16s} {len(some):9d} {accuracy(some):9.1%} {guess:7.1%} {major:9.1%} {ceiling}")
+        table[kind] = {
+            "questions": len(some), "accuracy": accuracy(some),
+            "chance": mean(lambda r: 1 / (r["options"] or max(1, len(answers[r["kind"]])))),
+            "majority": mean(lambda r: 1 / r["options"] if r["options"] else
+                             bool(answers[r["kind"]]) and r["truth"] == answers[r["kind"]].most_common(1)[0][0]),
+            "order-blind": mean(lambda r: blind.get(r["kind"], 1.0)) if blind else None}
+    return table
+
+
+def figure(name, value):
+    return f"{name} {value:g}" if name.endswith(("MedR", "MeanR", "missing")) or value > 1 else f"{name} {value:.2%}"
+
+
+def report(metrics, table, split="test", most=9):
+    """The lines that end a run: metrics, and for questions the table of by_kind."""
+    lines = [f"{split}: " + ", ".join(figure(k, v) for k, v in metrics.items())]
+    if not table or table["all"]["majority"] is None:
+        return lines
+    lines.append(f"{'kind':16s} {'questions':>9s} {'accuracy':>9s} {'chance':>7s} {'majority':>9s} {'order-blind':>12s}")
+    for kind in [*sorted([*table][:-1][:most]), "all"]:
+        row = table[kind]
+        ceiling = "-" if row["order-blind"] is None else f"{row['order-blind']:.1%}"
+        lines.append(f"{kind:16s} {row['questions']:9d} {row['accuracy']:9.1%} {row['chance']:7.1%} {row['majority']:9.1%} {ceiling:>12s}")
     return lines
 
 
@@ -412,26 +440,540 @@ def look(path, model):
     return read_frames(path, pick, model.config.image)[None], seen
 
 
+def need_head(model, meta, names, task):
+    """The first of these heads that the model has. Raises UserError, naming the command that trains one."""
+    found = next((name for name in names if name in model.heads), None)
+    if found is None:
+        raise UserError(f"this checkpoint was trained for {meta['task']} and has no {', '.join(names[:-1])}"
+                        f"{' or ' * (len(names) > 1)}{names[-1]} head; train one: python train.py --task {task}")
+    return found
+
+
 @torch.inference_mode()
-def ask(model, meta, words, path, question, options=()):
-    """The lines that answer a question about a clip: the five best answers, or the options, with probabilities."""
+def ask(model, meta, words, path, question, options=(), captions=()):
+    """The lines that answer a question about a clip: the five best answers, or the options, with probabilities; or, for
+    each of `captions`, the probability that it belongs to the clip. First the seconds that were looked at."""
+    if captions:
+        need_head(model, meta, ["matching"], "pretrain")
+    elif options:
+        need_head(model, meta, ["choice", "rank", "matching"], "choice")
+    else:
+        need_head(model, meta, ["answer"], "vqa")
     frames, seconds = look(path, model)
-    task = "choice" if options else "vqa"
-    wanted = "choice, rank or matching" if options else "answer"
-    if not set(model.heads) & (set(wanted.replace(" or", ",").split(", ")) if options else {"answer"}):
-        raise UserError(f"this checkpoint was trained for {meta['task']} and has no {wanted} head; "
-                        f"train one: python train.py --task {task}")
-    if options:
+    if captions:
+        texts = [words.sentence(text, model.config.words) for text in captions]
+    elif options:
         texts = words.choices(question, options, "options" if question else "bare", model.config.words)
     else:
         texts = [words.sentence(question, model.config.words)]
-    device = next(model.parameters()).device
     batch = collate([{"index": 0, "frames": frames[0], "words": texts, "target": 0}], words.pad)
-    share = scores(model, task, to_device(batch, device))[0].softmax(0).cpu()
-    names = options or meta["answers"]
-    best = share.topk(min(5, len(names)))
+    batch = to_device(batch, next(model.parameters()).device)
+    if captions:
+        text, keep = batch["words"].view(len(texts), -1), batch["keep"].view(len(texts), -1)
+        video = model.embed_frames(batch["frames"]).expand(len(texts), -1, -1, -1)
+        share = model.heads["matching"](model.fuse(video, text, keep, first=1).pooled).softmax(-1)[:, 1].cpu()
+    else:
+        share = scores(model, "choice" if options else "vqa", batch)[0].softmax(0).cpu()
+    names = captions or options or meta["answers"]
+    best = share.topk(len(names) if captions else min(5, len(names)))
     return [f"looked at {', '.join(f'{s:.2f}' for s in seconds)} s of {path}",
             *(f"{p:7.1%}  {names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist()))]
+
+
+@torch.inference_mode()
+def search(model, meta, words, folder, text, checkpoint, most=10):
+    """The lines that name the clips in a folder nearest to a text, by cosine, with the seconds that were looked at.
+
+    Embeddings are kept in FOLDER.embeddings.npz: of files whose size and time stamp are as before, under a checkpoint
+    whose bytes are. Files that cannot be read are named and left out.
+    """
+    need_head(model, meta, ["contrast"], "retrieval")
+    folder, device = Path(folder), next(model.parameters()).device
+    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.suffix.lower() in MEDIA and f.is_file())
+    if not files:
+        raise UserError(f"--videos {folder}: no clips in it; expected files in {' '.join(MEDIA)}")
+    with open(checkpoint, "rb") as file:
+        sign = hashlib.file_digest(file, "sha256").hexdigest()
+    keep = folder.resolve().with_name(folder.resolve().name + ".embeddings.npz")
+    known, lost = {}, []
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):       # none yet, or not one of ours
+        with np.load(keep, allow_pickle=False) as saved:
+            if saved["checkpoint"] == sign:
+                rows = zip(*(saved[name].tolist() for name in ("names", "stamps", "seconds")), saved["vectors"])
+                known = {(name, *stamp): (seconds, vector) for name, stamp, seconds, vector in rows}
+    found, read = {}, 0
+    for name in tqdm(files, desc="reading", unit=" clips", disable=None):
+        stat = (folder / name).stat()
+        key = name, stat.st_size, stat.st_mtime_ns
+        if key not in known:
+            try:
+                frames, seconds = look(str(folder / name), model)
+            except UserError as error:
+                lost.append(str(error))
+                continue
+            vector = F.normalize(model.encode_video(frames.to(device))[0], dim=0)
+            known[key], read = (seconds, vector.cpu().numpy()), read + 1
+        found[key] = known[key]
+    if not found:
+        raise UserError(f"--videos {folder}: not one of {len(files)} clips can be read, the first: {lost[0]}")
+    seconds, vectors = zip(*found.values())
+    names, *stamps = zip(*found)
+    kept = f"kept in {keep}"
+    try:
+        with open(f"{keep}.part", "wb") as file:
+            np.savez(file, checkpoint=sign, names=names, stamps=np.array(stamps).T, seconds=seconds, vectors=vectors)
+        os.replace(f"{keep}.part", keep)
+    except OSError as error:
+        kept = f"not kept: {error}"
+    query = model.encode_text(torch.tensor([words.sentence(text, model.config.words)], device=device))
+    cosines = np.stack(vectors) @ F.normalize(query[0], dim=0).cpu().numpy()
+    return [*(f"cannot be read: {line}" for line in lost),
+            f"{len(found)} clips, {read} read now; embeddings {kept}",
+            *(f"{cosines[i]:7.3f}  {names[i]}  ({', '.join(f'{s:.2f}' for s in seconds[i])} s)"
+              for i in np.argsort(-cosines, kind="stable")[:most])]
+
+
+# ---- run folders: curves and tables ---------------------------------------------------------------------------------
+
+def read_run(folder):
+    """(config, [log line], test figures or None) of a run folder."""
+    folder = Path(folder)
+    try:
+        config, test = json.loads((folder / "config.json").read_text()), folder / "test.json"
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return config, log, json.loads(test.read_text()) if test.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no run of train.py: {error}") from None
+
+
+def ticks(top):
+    """Round numbers from 0 on, at most six, the last at or above top."""
+    unit = 10 ** math.floor(math.log10(top))
+    step = next(unit * k for k in (0.2, 0.5, 1, 2) if unit * k * 5 >= top)
+    return [i * step for i in range(math.ceil(round(top / step, 9)) + 1)]
+
+
+def panel(y, title, unit, series, levels, end, height=170, width=440, left=70):
+    """Curves {name: [(step, value)]} over dotted levels {name: (value, color)}, from step 0 to end, axes and a legend."""
+    marks = ticks(max([v for points in series.values() for _, v in points] + [v for v, _ in levels.values()] + [1e-9]))
+    px, py = lambda step: left + width * step / end, lambda value: y + height * (1 - value / marks[-1])
+    parts, names = [label(left, y - 14, title, weight=600)], {}
+    for value in marks:
+        parts += [box(left, py(value), width, 1, LINE), label(left - 8, py(value) + 4, f"{value:g}{unit}", SOFT, "end", 12)]
+    for step in ticks(end):
+        if step <= end:
+            parts.append(label(px(step), y + height + 18, f"{step:g}", SOFT, "middle", 12))
+    for color, (name, points) in zip(FRAMES, series.items()):
+        line = " ".join(f"{px(step):.1f},{py(value):.1f}" for step, value in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{px(s):.1f}" cy="{py(v):.1f}" r="3" fill="{color}"/>' for s, v in points if len(points) < 20]
+        names[name] = color, ""
+    for name, (value, color) in levels.items():
+        parts.append(f'<path d="M{left} {py(value):.1f}h{width}" stroke="{color}" stroke-width="1.5" stroke-dasharray="2 4"/>')
+        names[f"{name} {value:.3g}{unit}"] = color, ' stroke-dasharray="2 4"'
+    for i, (name, (color, dash)) in enumerate(names.items()):
+        at = left + width + 20, y + 8 + 20 * i
+        parts += [f'<path d="M{at[0]} {at[1]}h20" stroke="{color}" stroke-width="2"{dash}/>', label(at[0] + 27, at[1] + 4, name)]
+    return parts
+
+
+def curves(folder):
+    """SVG of a run: training losses with that of a guess (ln of the number of choices), and validation in percent with
+    the chance and the order-blind ceiling of the test, where they are known."""
+    config, log, test = read_run(folder)
+    kinds = (test or {}).get("kinds", {}).get("all", {})
+    choices = {"vqa": config["answers"], "action": config["answers"], "vcr": 4, "matching": 2, "mlm": config["vocab"],
+               "contrast": config["batch"] ** 2, "choice": 1 / kinds["chance"] if kinds else None}     # both directions
+    train, val = [line for line in log if "val" not in line], [line for line in log if "val" in line]
+    if not train:
+        raise UserError(f"{folder}/metrics.jsonl has no line yet; let train.py run on")
+    losses = {name: [(line["step"], line[name]) for line in train] for name in choices if name in train[0]}
+    guess = {f"{name}, a guess": (math.log(choices[name]), color) for name, color in zip(losses, FRAMES) if choices[name]}
+    shares = {}
+    for name in val[0]["val"] if val else ():
+        points = [(line["step"], 100 * line["val"][name]) for line in val]
+        if max(v for _, v in points) <= 100 and points not in shares.values() and len(shares) < 3:
+            shares[name] = points
+    levels = {f"{name}, test": (100 * kinds[name], color) for name, color in (("chance", SOFT), ("order-blind", "#b93a20"))
+              if kinds.get(name)}
+    end = log[-1]["step"]
+    return svg(800, 560, label(24, 34, Path(folder).resolve().name, size=17, weight=600),
+               *panel(86, "Training loss (nats)", "", losses, guess, end), *panel(326, "Validation", " %", shares, levels, end),
+               label(290, 538, "optimiser step", SOFT, "middle", 12))
+
+
+def compare(folders):
+    """A Markdown table of the test figures of runs, mean and standard deviation over seeds: a row for each group of runs
+    that differ in nothing else, with only the settings that vary; below, chance and the order-blind ceiling."""
+    groups, lines = {}, []
+    for folder in sorted(map(str, folders)):
+        config, _, test = read_run(folder)
+        if test is None:
+            lines.append(f"{folder} has no test.json yet and is left out")
+            continue
+        seed = config.pop("seed")
+        config["init"] = config["init"] and re.sub(rf"\bs{seed}\b", "sSEED", config["init"])     # from a run of its seed
+        seeds = groups.setdefault(json.dumps(config, sort_keys=True), {})
+        if seed in seeds:
+            raise UserError(f"{folder}: another run of the same settings has seed {seed} too; leave one of them out")
+        seeds[seed] = test
+    if not groups:
+        raise UserError("not one of these runs has a test.json; let train.py finish")
+    configs, tests = [json.loads(text) for text in groups], [[*seeds.values()] for seeds in groups.values()]
+    if len({str(config["benchmarks"]) for config in configs}) > 1:
+        raise UserError(f"{len(groups)} groups of runs are of several benchmarks; compare those of one")
+    varies = [name for name in configs[0] if len({str(config.get(name)) for config in configs}) > 1]
+    kinds = tests[0][0]["kinds"]
+    shown = ["all", *sorted([*kinds][:-1])[:9]] if len(kinds) > 2 else ["all"] if kinds else []
+    figures = [[[test["kinds"][kind]["accuracy"] for test in some] for kind in shown] or
+               [[next(iter(test.values())) for test in some]] for some in tests]
+
+    def spread(values):
+        return f"{100 * np.mean(values):.1f}" + (f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+    heads = [*varies, "runs", *(shown or [next(iter(tests[0][0]))])]
+    rows = [[*(str(config.get(name)) for name in varies), str(len(some)), *map(spread, values)]
+            for config, some, values in zip(configs, tests, figures)]
+    for name in ("chance", "order-blind"):
+        if kinds and kinds["all"][name] is not None:
+            blank = [""] * len(varies)
+            rows.append([*(name, *blank)[:len(varies) + 1], *(f"{100 * kinds[kind][name]:.1f}" for kind in shown)])
+    wide = [max(map(len, column)) for column in zip(heads, *rows)]
+    line = lambda cells: "| " + " | ".join(cell.ljust(n) for cell, n in zip(cells, wide)) + " |"
+    return [*lines, line(heads), line(["-" * n for n in wide]), *map(line, rows), "",
+            "accuracy in %, mean ± standard deviation over seeds"]
+
+
+# ---- one page about an evaluation (--report) ------------------------------------------------------------------------
+# What an example shows is collected here as data; PAGE, a file of its own, draws it. It inserts text as text, never as
+# HTML, and its content policy forbids it the network.
+
+MOST, PIXELS, BYTES = 60, 15e6, 3e6     # examples in the gallery; pixels and bytes of attention in all, at most
+
+
+def wilson(share, n, z=1.96):
+    """The 95 % confidence interval (low, high) of a share seen in n independent trials."""
+    middle, half = share + z * z / 2 / n, z * math.sqrt(share * (1 - share) / n + z * z / 4 / n / n)
+    return [max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))]
+
+
+def chosen(records, most):
+    """Indices of at most so many records that have a prediction, spread evenly over kinds, right and wrong."""
+    turn, taken = {}, Counter()
+    for i in sorted(range(len(records)), key=lambda i: zlib.crc32(records[i]["id"].encode())):
+        if records[i]["prediction"] is not None:
+            group = records[i]["kind"], records[i]["correct"]
+            turn[i], taken[group] = taken[group], taken[group] + 1
+    return sorted(sorted(turn, key=turn.get)[:most])
+
+
+@torch.inference_mode()
+def gaze(model, frames, words):
+    """Where each word looks: the attention from words to patches, mean of the heads.
+
+    frames (T, 3, R, R), words (L,) token ids -> (layers, L, T, N - 1), shares of the word's attention in a frame. A
+    rolled token is met in another frame than it comes from; here it is sent home, so that places are those of pictures.
+    """
+    maps, L, config = [], len(words), model.config
+    model.fuse(model.embed_frames(frames[None]), words[None], maps=maps)        # without `first`: rows of all words
+    groups, looks = roll_groups(config.grid, config.grid, config.fraction, config.roll), []
+    for rolls, seen in enumerate(maps, 1):                                                  # (T, H, S, S)
+        seen = seen.mean(1)[:, :L, L:].transpose(1, 2)[None].cpu()                          # (1, T, N, L)
+        for _ in range(rolls):
+            seen = roll_tokens(seen, *groups[::-1])
+        looks.append(seen[0, :, 1:].permute(2, 0, 1))
+    return torch.stack(looks)
+
+
+def page(title, about, model, clips, metrics, records, table):
+    """The HTML of an evaluation: its figures, and a gallery with the frames that the model saw.
+
+    title: a line; about: more of them; metrics, records: of evaluate(model, clips); table: of by_kind. -> text
+    """
+    config, recipe, examples, device = model.config, clips.recipe, clips.examples, next(model.parameters()).device
+    retrieval, pictures, numbers = recipe.task == "retrieval", [], {}
+    where = {example.media: i for i, example in reversed([*enumerate(examples)])}
+
+    @functools.lru_cache(8)
+    def frames_of(i):
+        frames = clips[None, i]["frames"]
+        return frames[0] if frames.dim() == 5 else frames                       # the first view
+
+    def picture(i, t):
+        """The number of frame t of example i among the pictures; those of a clip that was shown before are shared."""
+        example = examples[i]
+        key = example.media, example.seconds, example.frames, example.boxes, t
+        if key not in numbers:
+            suffix = ".png" if recipe.R <= 64 else ".jpg"
+            code = base64.b64encode(encode_picture(frames_of(i)[t].permute(1, 2, 0).numpy(), suffix)).decode()
+            numbers[key] = len(pictures)
+            pictures.append(f"data:image/{'png' if suffix == '.png' else 'jpeg'};base64,{code}")
+        return numbers[key]
+
+    most = int(min(MOST, PIXELS // ((recipe.T + 5 * retrieval) * recipe.R ** 2)))
+    picks, said = chosen(records, most), {}
+    for i in picks if not retrieval else ():                # what is read: with options, the one that was chosen
+        texts = clips.texts(examples[i], None)["words"]
+        said[i] = texts[examples[i].options.index(records[i]["prediction"]) if examples[i].options else 0]
+    cost = config.layers * sum(map(len, said.values())) * recipe.T * config.grid ** 2
+    layers, items = [*range(config.layers)][::-1][::math.ceil(cost / BYTES) or 1][::-1], []
+    for i in picks:
+        example, r = examples[i], records[i]
+        item = {"id": r["id"], "kind": r["kind"], "right": r["correct"], "truth": str(r["truth"]), "top": r["top"],
+                "text": example.captions[0] if retrieval else example.text, "known": r.get("known", True),
+                "frames": [picture(i, t) for t in range(recipe.T)]}
+        if retrieval:
+            item["rank"], item["shown"] = r["rank"], [picture(where[media], recipe.T // 2) for media, _ in r["top"]]
+        else:
+            looks = gaze(model, frames_of(i).to(device), torch.tensor(said[i], device=device))[layers]
+            looks = (255 * looks / looks.amax((2, 3), keepdim=True)).round().byte()
+            item["words"] = [recipe.words.tokenizer.id_to_token(n) for n in said[i]]
+            item["looks"] = base64.b64encode(looks.numpy().tobytes()).decode()
+        items.append(item)
+
+    trials = len(records) // (2 if recipe.task == "vcr" else 1)                 # Q->AR: two rows are one trial
+    name, value = next(iter(metrics.items()))
+    head = {"name": name, "value": value, "interval": wilson(value, trials) if trials else None}
+    if recipe.task == "vcr":
+        head["chance"] = table["Q->A"]["chance"] * table["QA->R"]["chance"]
+    elif table:
+        head |= {k: table["all"][k] for k in ("chance", "majority", "order-blind")}
+    groups = roll_groups(config.grid, config.grid, config.fraction, config.roll if recipe.T > 1 else "none")
+    data = {"title": title, "about": about, "head": head, "total": len(records), "pictures": pictures, "items": items,
+            "metrics": [figure(k, v) for k, v in metrics.items()],
+            "kinds": [{"kind": kind, **row, "interval": wilson(row["accuracy"], row["questions"])}
+                      for kind, row in [*[*table.items()][:-1][:12], *[*table.items()][-1:]]],
+            "retrieval": retrieval, "grid": config.grid, "layers": [n + 1 for n in layers],
+            "forward": (groups[0] - 1).tolist(), "backward": (groups[1] - 1).tolist()}
+    return PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>All-in-one</title>
+<style>
+:root { color-scheme: light dark; --back: #f6f6f3; --card: #fff; --ink: #1d1f23; --soft: #666c74; --line: #dfdfda;
+        --mark: #2563d9; --good: #157a4e; --bad: #b93a20; --on: #f08c00; --under: #12a5b8 }
+@media (prefers-color-scheme: dark) { :root { --back: #121316; --card: #1b1d21; --ink: #e9eaec; --soft: #9aa1aa;
+        --line: #31353b; --mark: #82abff; --good: #52c890; --bad: #ff8b72; --on: #ffb84d; --under: #5fd7e6 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--ink);
+       font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 }
+h2 { font-size: 1.05rem; margin: 2.5rem 0 .5rem }
+p { margin: .3rem 0; max-width: 46rem }
+.soft, small { color: var(--soft); font-size: .85rem }
+.head { display: flex; flex-wrap: wrap; gap: .5rem 2.2rem; align-items: end; margin: 1.5rem 0 .5rem }
+.head div { display: flex; flex-direction: column-reverse }
+.head b { font-size: 1.3rem; line-height: 1.25; font-weight: 600 }
+.head div:first-child b { font-size: 3rem; line-height: 1; letter-spacing: -.02em }
+.kinds { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr auto auto; gap: .45rem .9rem;
+         align-items: center; max-width: 46rem }
+.kinds > :nth-child(4n), .kinds > :nth-child(4n + 3) { text-align: right }
+.bar { position: relative; height: 1.05rem; background: var(--line); border-radius: 3px }
+.bar i { position: absolute; top: 0; bottom: 0 }
+.bar .fill { left: 0; background: var(--mark); border-radius: 3px; opacity: .8 }
+.bar .span { top: 45%; bottom: 45%; background: var(--ink) }
+.bar .chance, .bar .blind { top: -3px; bottom: -3px; width: 0; border-left: 2px dotted var(--ink) }
+.bar .blind { border-left: 2px solid var(--bad) }
+.tools { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .5rem .9rem; padding: .6rem 0;
+         background: var(--back); border-bottom: 1px solid var(--line) }
+.tools span, .tools label { display: inline-flex; align-items: center; gap: .3rem }
+button, select, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+                        border-radius: 6px; padding: .2rem .6rem }
+button { cursor: pointer }
+button[aria-pressed=true] { background: var(--ink); color: var(--back); border-color: var(--ink) }
+:focus-visible { outline: 2px solid var(--mark); outline-offset: 1px }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: 1rem;
+         margin-top: 1rem }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem; min-width: 0;
+        overflow-wrap: anywhere }
+.card[hidden] { display: none }
+.card h3 { font-size: 1rem; line-height: 1.35; margin: .5rem 0 .2rem }
+.frames { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(5.5rem, 100%), 1fr)); gap: 4px }
+.frame { position: relative; max-width: 14rem }
+.frame > * { display: block; width: 100%; aspect-ratio: 1; border-radius: 4px }
+.frame canvas, .frame svg { position: absolute; inset: 0 }
+.small img, canvas { image-rendering: pixelated }
+.rolled path { stroke: #0009; stroke-width: .06 }
+body:not(.rolls) .rolled { display: none }
+.words button { font: .8rem ui-monospace, monospace; padding: .05rem .35rem; margin: 0 .2rem .2rem 0 }
+.top { display: grid; grid-template-columns: 1fr 6rem 3.6rem; gap: .15rem .6rem; align-items: center;
+       margin-top: .5rem }
+.top.clips { grid-template-columns: 3rem 1fr 4rem 3.6rem }
+.top img { width: 3rem; border-radius: 4px; display: block }
+.top .bar { height: .55rem }
+.top b { text-align: right; font-weight: 400 }
+.true { color: var(--good); font-weight: 600 }
+.verdict { font-weight: 600; color: var(--bad) }
+.verdict.right { color: var(--good) }
+</style>
+<body>
+<script id="data" type="application/json">DATA</script>
+<script>
+addEventListener("error", event => document.documentElement.dataset.error = event.message)
+const data = JSON.parse(document.getElementById("data").textContent)
+const percent = x => (100 * x).toFixed(1) + " %"
+document.title = data.title
+const state = () => new URLSearchParams(location.hash.slice(1))
+const set = (name, value) => {
+  const next = state()
+  value ? next.set(name, value) : next.delete(name)
+  location.replace("#" + next)
+}
+function make(tag, look, ...inside) {             // an element; strings become text, never HTML
+  const element = document.createElement(tag)
+  Object.assign(element, typeof look === "string" ? {className: look} : look)
+  element.append(...inside)
+  return element
+}
+function bar(share, row = {}) {
+  const fill = make("i", "fill"), all = make("div", "bar", fill)
+  fill.style.width = 100 * Math.min(1, Math.max(0, share)) + "%"
+  if (row.interval) {
+    const span = all.appendChild(make("i", {className: "span", title: "95 % interval"}))
+    span.style.left = 100 * row.interval[0] + "%"
+    span.style.right = 100 - 100 * row.interval[1] + "%"
+  }
+  for (const [name, value] of [["chance", row.chance], ["blind", row["order-blind"]]]) {
+    if (value == null) continue
+    all.appendChild(make("i", {className: name, title: name + " " + percent(value)})).style.left = 100 * value + "%"
+  }
+  return all
+}
+
+// the figures
+const head = make("div", "head")
+const figure = (value, name) => head.append(make("div", "", make("small", "", name), make("b", "", value)))
+figure(percent(data.head.value), data.head.name)
+if (data.head.interval)
+  figure(data.head.interval.map(x => (100 * x).toFixed(1)).join(" to ") + " %", "95 % confidence interval")
+for (const [key, more] of [["chance", ""], ["majority", " answer"], ["order-blind", " ceiling"]])
+  if (data.head[key] != null) figure(percent(data.head[key]), key + more)
+document.body.append(make("header", "", make("h1", "", data.title), make("p", "soft", data.about.join(" · "))), head,
+                     make("p", "soft", data.metrics.slice(1).join(" · ")))
+if (data.kinds.length > 1) {
+  const kinds = make("div", "kinds")
+  for (const row of data.kinds)
+    kinds.append(make("span", "", row.kind), bar(row.accuracy, row), make("b", "", percent(row.accuracy)),
+                 make("small", "", "of " + row.questions))
+  document.body.append(make("h2", "", "Accuracy by kind"), kinds,
+    make("p", "soft", "Across the end of a bar: its 95 % interval (Wilson; questions about one clip are not independent, " +
+      "so it is a little too narrow). Dotted: chance." + (data.kinds[0]["order-blind"] == null ? "" :
+      " Red: the most that a model blind to the order of frames can reach.")))
+}
+
+// the gallery
+const cards = make("div", "cards"), count = make("span", {id: "count", className: "soft"})
+for (const item of data.items) {
+  const frames = make("div", "frames"), overlays = []
+  for (const number of item.frames) {
+    const frame = make("div", "frame", make("img", {src: data.pictures[number], alt: "a frame of the clip"}))
+    overlays.push(frame.appendChild(make("canvas", {width: data.grid, height: data.grid})))
+    if (!data.retrieval) frame.append(marks())
+    frames.append(frame)
+  }
+  const verdict = make("span", "verdict" + (item.right ? " right" : ""), item.right ? "✓ right" : "✗ wrong")
+  const about = [item.kind, item.id].filter(Boolean)
+  if (data.retrieval) about.unshift("rank " + item.rank)
+  else if (!item.right) about.unshift("truth: " + item.truth + (item.known ? "" : " (not in the answer list)"))
+  const card = make("article", "card", frames, make("h3", "", item.text),
+                    make("small", "", verdict, about.map(part => " · " + part).join("")))
+  if (item.words) {
+    const bytes = Uint8Array.from(atob(item.looks), c => c.charCodeAt(0)), row = make("div", "words")
+    card.draw = layer => overlays.forEach((canvas, t) => {
+      const pen = canvas.getContext("2d"), cells = data.grid ** 2
+      const shade = pen.createImageData(data.grid, data.grid)
+      const start = ((layer * item.words.length + card.word) * overlays.length + t) * cells
+      for (let n = 0; n < cells && card.word != null; n++) {          // from black to a clear orange
+        const seen = bytes[start + n]
+        shade.data.set([seen, 0.6 * seen, 0, 215 - 0.5 * seen], 4 * n)
+      }
+      pen.putImageData(shade, 0, 0)
+    })
+    item.words.forEach((word, n) => row.append(make("button", {textContent: word, onclick() {
+      card.word = card.word === n ? null : n
+      for (const [m, button] of [...row.children].entries()) button.ariaPressed = m === card.word
+      card.draw(layer())
+    }})))
+    card.append(row)
+  }
+  const top = make("div", data.retrieval ? "top clips" : "top")
+  item.top.forEach(([name, score], n) => {
+    if (data.retrieval) top.append(make("img", {src: data.pictures[item.shown[n]], alt: "its middle frame"}))
+    top.append(make("span", name === item.truth ? "true" : "", name), bar(score),
+               make("b", "", data.retrieval ? score.toFixed(3) : percent(score)))
+  })
+  card.append(top)
+  card.text = [item.text, item.truth, item.id, ...item.top.map(pair => pair[0])].join("\\n").toLowerCase()
+  card.item = item
+  cards.append(card)
+}
+function marks() {                                // which tokens roll: a triangle towards the frame that they go to
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg")
+  svg.setAttribute("viewBox", `0 0 ${data.grid} ${data.grid}`)
+  svg.setAttribute("class", "rolled")
+  for (const [slots, color, way] of [[data.forward, "var(--on)", 1], [data.backward, "var(--under)", -1]]) {
+    const path = svg.appendChild(document.createElementNS(svg.namespaceURI, "path"))
+    const triangle = n => `M${n % data.grid + .5 - .25 * way} ${(n / data.grid | 0) + .2}v.6l${.5 * way}-.3z`
+    path.setAttribute("d", slots.map(triangle).join(""))
+    path.style.fill = color
+  }
+  return svg
+}
+const layer = () => Math.max(0, data.layers.indexOf(Number(state().get("layer") || data.layers.at(-1))))
+const choice = (name, options) => make("span", "", ...options.map(([value, text]) =>
+  make("button", {textContent: text, name, value, onclick() { set(name, value) }})))
+const kind = make("select", {ariaLabel: "kind", onchange() { set("kind", kind.value) }}, new Option("every kind", ""),
+  ...[...new Set(data.items.map(item => item.kind))].sort().map(name => new Option(name)))
+const rolls = make("input", {type: "checkbox", onchange() { set("rolls", rolls.checked && "yes") }})
+const text = make("input", {type: "search", placeholder: "search the text", oninput() { set("text", text.value) }})
+const tools = make("div", "tools", choice("show", [["", "all"], ["right", "right"], ["wrong", "wrong"]]))
+if (kind.length > 2) tools.append(kind)
+tools.append(text)
+if (!data.retrieval) {
+  tools.append(make("span", "", make("small", "", "layer"), choice("layer", data.layers.map(n => [String(n), n]))))
+  if (data.forward.length) tools.append(make("label", "", rolls, " rolled tokens"))
+}
+tools.append(count)
+function update() {
+  const now = state(), wanted = (now.get("text") || "").toLowerCase()
+  let shown = 0
+  for (const card of cards.children) {
+    const item = card.item
+    card.hidden = now.get("show") && (now.get("show") === "right") !== item.right
+      || now.get("kind") && now.get("kind") !== item.kind || !card.text.includes(wanted)
+    shown += !card.hidden
+    card.draw?.(layer())
+  }
+  document.body.classList.toggle("rolls", rolls.checked = now.has("rolls"))
+  for (const button of tools.querySelectorAll("button"))
+    button.ariaPressed = button.value === String(button.name === "layer" ? data.layers[layer()] : now.get("show") || "")
+  kind.value = now.get("kind") || ""
+  if (text.value !== (now.get("text") || "")) text.value = now.get("text") || ""
+  count.textContent = `${shown} of ${data.items.length} shown`
+}
+if (data.items.length) {
+  document.body.append(
+    make("h2", "", data.retrieval ? "Texts and the clips found for them" : "Clips as the model saw them"),
+    make("p", "soft", `${data.items.length} of ${data.total}, spread evenly over kinds, right and wrong: ` +
+      "not a fair sample. " + (data.retrieval ? "Above: the right clip. Below: the five nearest, by cosine." :
+      "Click a word: the more orange a patch, the more the word looks at it (mean of the heads; full orange: its most " +
+      "in that layer). A rolled token is drawn where it comes from." + (data.forward.length ?
+      " Before each layer, tokens marked ▸ go on to the next frame, ◂ to the one before." : ""))),
+    tools, cards)
+  cards.classList.toggle("small", data.pictures[0].startsWith("data:image/png"))      // small enough to show the pixels
+  update()
+  addEventListener("hashchange", update)
+}
+</script>
+</body>
+</html>
+"""
 
 
 # ---- python eval.py -------------------------------------------------------------------------------------------------
@@ -439,37 +981,62 @@ def ask(model, meta, words, path, question, options=()):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="best.pt of a run")
-    parser.add_argument("--list", action="store_true", help="print the benchmarks and stop")
+    parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     data, own = parser.add_argument_group("evaluate a benchmark"), parser.add_argument_group("your own video")
-    data.add_argument("--benchmark", choices=BENCHMARKS, help="default: that of the checkpoint")
+    runs = parser.add_argument_group("about benchmarks and runs, without a checkpoint")
+    data.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME", help="out of --list (default: the checkpoint's)")
     data.add_argument("--data", help="folder of the dataset, or a .jsonl (default: that of the checkpoint)")
-    data.add_argument("--predictions", help="write one JSON line per test item: id, prediction, truth, score")
+    data.add_argument("--report", metavar="HTML", help="write one page: the figures; clips with what the model saw and said")
+    data.add_argument("--predictions", metavar="JSONL", help="write a line per test item: id, prediction, truth, score")
     data.add_argument("--views", type=int, help="sets of frames a clip, scores averaged (default: as trained)")
-    data.add_argument("--rerank", type=int, metavar="K", help="retrieval: the matching head orders the first K anew (default: as trained)")
-    data.add_argument("--batch", type=int, default=64, help="clips at a time (default 64)")
-    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="decoding processes (default %(default)s)")
+    data.add_argument("--rerank", type=int, metavar="K",
+                      help="retrieval: the matching head orders the first K anew (default: as trained)")
+    data.add_argument("--batch", type=int, default=64, help="clips at a time (default %(default)s)")
+    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+                      help="decoding processes (here default %(default)s)")
     data.add_argument("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
-    data.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    data.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    own.add_argument("--video", help="any file that PyAV opens, or a folder of pictures")
-    own.add_argument("--ask", default="", help="a question about it")
-    own.add_argument("--options", nargs="+", default=(), help="answers to choose from")
+    data.add_argument("--amp", action="store_true", help="bfloat16 autocast (default: float32)")
+    own.add_argument("--video", metavar="FILE", help="whatever PyAV opens, or a folder of pictures")
+    own.add_argument("--ask", metavar="TEXT", default="", help="a question about it")
+    own.add_argument("--options", metavar="TEXT", nargs="+", default=(), help="answers to choose from")
+    own.add_argument("--caption", metavar="TEXT", nargs="+", default=(), help="sentences: how probably is each about it?")
+    own.add_argument("--search", metavar="TEXT", help="name the ten clips of --videos that are nearest to a text")
+    own.add_argument("--videos", metavar="FOLDER", help="clips, also in folders below; embeddings are kept beside it")
+    runs.add_argument("--list", action="store_true", help="print the benchmarks")
+    runs.add_argument("--plot", metavar="RUN", nargs="+", default=(), help="write RUN/curves.svg: loss and validation")
+    runs.add_argument("--compare", metavar="RUN", nargs="+", help="print a table of test figures, mean and std over seeds")
     return parser.parse_args()
 
 
 def run(args):
     if args.list:
         return print("\n".join(benchmark_table()))
+    if args.compare:
+        return print("\n".join(compare(args.compare)))
+    for folder in args.plot:
+        path = Path(folder) / "curves.svg"
+        path.write_text(curves(folder), encoding="utf-8")
+        print(path)
+    if args.plot:
+        return
     if not args.checkpoint:
         raise UserError("no checkpoint given; train one with python train.py --task vqa, or see python eval.py --list")
     check_numbers(args, ("views", "batch"), ("workers", "rerank"))
     device = device_of(args.device)
     model, meta, words = load_model(args.checkpoint, device)
+    if args.search or args.videos:
+        if not (args.search and args.videos):
+            raise UserError('--search "text" and --videos FOLDER belong together')
+        return print("\n".join(search(model, meta, words, args.videos, args.search, args.checkpoint)))
+    if bool(args.video) != bool(args.ask or args.options or args.caption) or args.caption and (args.ask or args.options):
+        raise UserError('--video FILE goes with --ask "question", with --options a b c, with both, or with --caption "text"')
     if args.video:
-        return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options)))
+        return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options, args.caption)))
     trained = dict(zip(meta["benchmarks"], meta["data"]))
     names, beside, said = [args.benchmark] if args.benchmark else list(trained), Path(meta["data"][0]).parent, []
     roots = args.data.split(",") if args.data else [trained.get(n, f"{beside}/{BENCHMARKS[n].dataset}") for n in names]
+    if args.report and len(names) > 1:
+        raise UserError(f"--report is about one benchmark; choose with --benchmark out of {','.join(names)}")
     if len(roots) != len(names):
         raise UserError(f"--data names {len(roots)} folders for the benchmarks {','.join(names)}; give one each, or --benchmark")
     if not args.data and str(beside) == "data/toy":
@@ -491,20 +1058,24 @@ def run(args):
                         model.config.words, {a: i for i, a in enumerate(meta["answers"])}, views=args.views or meta["views"], rerank=K)
         print(f"{name} {split}: {survey([rows], [root], args.allow_missing)}"
               + ("; zero-shot, by the matching head" if bench.task in ("choice", "vcr") and head != "choice" else ""))
-        metrics, records = evaluate(model, Clips(rows, root, recipe), args.allow_missing, batch=args.batch,
-                                    workers=args.workers, amp=args.amp)
-        print("\n".join(report(metrics, records, train, root, split)))
+        clips = Clips(rows, root, recipe)
+        metrics, records = evaluate(model, clips, args.allow_missing, batch=args.batch, workers=args.workers, amp=args.amp)
+        table = by_kind(records, train, root)
+        print("\n".join(report(metrics, table, split)))
+        if args.report:
+            about = [args.checkpoint, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+                     f"{recipe.T} frames", f"roll {model.config.roll}, {model.config.fraction:g} of the tokens",
+                     *["the first view is shown"] * (recipe.views > 1)]
+            text = page(f"{name}, {split}", about, model, clips, metrics, records, table)
+            Path(args.report).write_text(text, encoding="utf-8")
+            print(f"report: {args.report}, {len(text) / 1e6:.1f} MB; open it in a browser")
         said += [json.dumps({k: r[k] for k in ("id", "prediction", "truth", "score")}) + "\n" for r in records]
     if args.predictions:
         Path(args.predictions).write_text("".join(said))
 
 
 def main():
-    try:
-        run(arguments())
-    except UserError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main("eval.py", lambda: run(arguments()))
 
 
 if __name__ == "__main__":

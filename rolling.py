@@ -4,8 +4,11 @@ A transformer that looks at one frame at a time cannot see motion. Before every 
 patch tokens moves to the next frame and another eighth to the previous one, so that ordinary attention inside a frame
 reads its neighbours. Nothing is learnt and nothing is computed: the op is a permutation of tokens.
 
-    python rolling.py      a picture of which frame each token comes from, a check against the loop, and timings
+    python rolling.py                       which frame each token comes from, a check against the loop, and timings
+    python rolling.py --svg figures/roll.svg        the same as a picture
 """
+from html import escape
+
 import torch
 
 
@@ -121,10 +124,59 @@ def picture(layout, T=3, side=14, color=True):
     return "\n".join([f"{layout}:" + " " * 10 + "each cell: the frame its token came from"] + rows)
 
 
+FRAMES = "#3f78d8", "#e8913a", "#3fa37c"                   # of three frames, also in other pictures
+INK, SOFT, LINE = "#24292f", "#667079", "#dfe3e8"
+
+
+def svg(width, height, *parts):
+    """An SVG picture, on a white ground of its own: legible on any page."""
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+                      f'font-family="system-ui, sans-serif" font-size="13" fill="{INK}">', box(0, 0, width, height, "#fff", 10),
+                      *parts, "</svg>\n"])
+
+
+def box(x, y, width, height, fill, round=0):
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round}" fill="{fill}"/>'
+
+
+def label(x, y, words, fill=INK, anchor="start", size=13, weight=400):
+    return (f'<text x="{x:g}" y="{y:g}" fill="{fill}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}">'
+            f'{escape(str(words))}</text>')
+
+
+def figure(T=3, side=14, cell=12):
+    """SVG: T frames of side x side patches before and after one roll, coloured by the frame that each token comes from."""
+    before = torch.arange(T).view(1, T, 1, 1).expand(1, T, 1 + side * side, 1)
+    after, step = roll_tokens(before, *roll_groups(side, side)), side * cell + 26
+    parts = [label(24, 34, "Token rolling", size=17, weight=600), label(24, 55, "Before every block, an eighth of each frame's "
+             "tokens goes on to the next frame, an eighth to the one before.", SOFT)]
+    for row, (title, x) in enumerate({"before": before, "after": after}.items()):
+        y = 92 + row * (side * cell + 40)
+        parts.append(label(24, y + side * cell / 2 + 4, title, weight=600))
+        for t in range(T):
+            parts.append(label(94 + t * step, y - 8, f"frame {t}", SOFT))
+            for f in range(T):
+                squares = (f"M{94 + t * step + i % side * cell} {y + i // side * cell}h{cell - 1}v{cell - 1}h{1 - cell}z"
+                           for i in (x[0, t, 1:, 0] == f).nonzero()[:, 0].tolist())
+                parts.append(f'<path d="{"".join(squares)}" fill="{FRAMES[f]}"/>')
+    bottom = 92 + 2 * (side * cell + 40) - 6
+    parts += [part for t in range(T) for part in (box(94 + t * step, bottom - 10, 11, 11, FRAMES[t], 2),
+                                                  label(111 + t * step, bottom, f"token from frame {t}"))]
+    return svg(94 + T * step, bottom + 24, *parts)
+
+
 def main():
+    import argparse
     import sys
+    from pathlib import Path
     from statistics import median
     from time import perf_counter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--svg", type=Path, help="write the picture to this file and stop")
+    args = parser.parse_args()
+    if args.svg:
+        args.svg.parent.mkdir(parents=True, exist_ok=True)
+        return args.svg.write_text(figure())
     for layout in ("block", "spread"):
         print(picture(layout, color=sys.stdout.isatty()), end="\n\n")
 

@@ -2,7 +2,9 @@
 
     python -m pytest -q test_allinone.py            offline, on a CPU; what needs more skips and says what
 """
+import base64
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -26,6 +28,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
+from xml.etree import ElementTree
 
 import av
 import numpy as np
@@ -40,17 +43,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import allinone
 import data
 import eval
+import rolling
 import toy
 import train
 from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_weights, read_config, read_weights,
-                      resize_positions)
+                      resize_positions, run_main)
 from data import (BENCHMARKS, Clips, Example, MissingMedia, Mixed, Order, Recipe, VideoError, Words, answer_list,
-                  collate, crop, find_media, frame_indices, has_split, hold_out, load_split, loader, pick_frames,
-                  read_frames, read_jsonl_file, tint, wordpiece)
-from eval import (FINISH, benchmark_table, coverage, embeddings, evaluate, match_odds, ranks, recall_metrics, report,
-                  scores, survey)
+                  collate, crop, encode_picture, find_media, frame_indices, has_split, hold_out, load_split, loader,
+                  pick_frames, read_frames, read_jsonl_file, tint, wordpiece)
+from eval import (FINISH, benchmark_table, by_kind, chosen, coverage, embeddings, evaluate, gaze, match_odds, page, ranks,
+                  recall_metrics, report, scores, survey, wilson)
 from rolling import roll_groups, roll_loop, roll_tokens
-from train import TASKS, counts, lr_at, parameter_groups
+from train import TASKS, counts, lr_at, overrides, parameter_groups
 
 SHARED = Path(__file__).resolve().parent / "../shared"          # fixtures that are not part of the project
 PARITY = SHARED / "parity"
@@ -153,6 +157,25 @@ def test_rolling_refuses():
     for wrong in ({"layout": "random"}, {"fraction": 0.3}, {"fraction": 2 / 3}, {"fraction": -1 / 4}, {"fraction": 2}):
         with pytest.raises(ValueError, match="choose"):
             roll_groups(4, 4, **wrong)
+
+def drawn(svg):
+    """[(tag, attributes, text)] of an SVG, which must be sound XML and lie within its width."""
+    root = ElementTree.fromstring(svg)
+    assert all(float(e.get("x", 0)) < float(root.get("viewBox").split()[2]) for e in root.iter())
+    return [(e.tag.split("}")[1], e.attrib, e.text) for e in root.iter()]
+
+def test_roll_figure_shows_the_op():
+    """Each frame has as many squares of each colour as tokens of that frame: all before, 3/4 and twice 1/8 after."""
+    paths = [a["d"].count("z") for tag, a, _ in drawn(rolling.figure(side=16)) if tag == "path"]
+    assert paths == [256, 0, 0, 0, 256, 0, 0, 0, 256, 192, 32, 32, 32, 192, 32, 32, 32, 192]
+
+def test_a_reader_may_close_the_pipe(monkeypatch):
+    """As `| head` does: no traceback, neither at once nor when the interpreter flushes at its end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        run_main("x.py", lambda: print("a line"))
 
 # ---- allinone: helpers ----------------------------------------------------------------------------------------------
 
@@ -374,6 +397,19 @@ def test_model_refuses():
     for T in (0, 5):
         with pytest.raises(ValueError, match=f"clips of {T} frames"):
             model(torch.zeros(2, T, 3, 32, 32).double(), words)
+
+def test_without_time_only_rolling_tells_order():
+    """time=False: the embeddings are there but add nothing, so without rolling any order of frames looks the same."""
+    frames, words, keep = inputs(T=4)
+    blind, seeing = (ready(replace(SMALL, roll=roll, time=False)) for roll in ("none", "spread"))
+    assert close(blind(frames.flip(1), words, keep).pooled, blind(frames, words, keep).pooled)
+    assert not close(seeing(frames.flip(1), words, keep).pooled, seeing(frames, words, keep).pooled, 1e-4)
+
+def test_sequence_figure_shows_the_mask():
+    """Of 72 x 72 pairs those within a frame are filled, but not the two columns of padding."""
+    boxes = [a for tag, a, _ in drawn(allinone.figure()) if tag == "rect" and a["height"] == "5"]
+    assert sum(float(a["width"]) for a in boxes) / 5 == 3 * 24 * 22 and len({a["y"] for a in boxes}) == 72
+    assert {(float(a["x"]) - 92) // 120 == (float(a["y"]) - float(boxes[0]["y"])) // 120 for a in boxes} == {True}
 
 # ---- allinone: speed ------------------------------------------------------------------------------------------------
 
@@ -958,6 +994,14 @@ def test_pictures_and_folders(tmp_path):
         read_frames(tmp_path, [0, 1])
     alpha = encode(tmp_path / "alpha.png", "png", {}, "rgba", n=1)
     assert np.array_equal(read_frames(alpha, [0])[0], picture(0).transpose(2, 0, 1))
+
+def test_encoded_pictures_come_back(tmp_path):
+    """Through a PNG to the bit, through a JPEG nearly, at odd sizes too."""
+    picture = np.fromfunction(lambda y, x, c: (3 * x + 2 * y + 40 * c) % 256, (37, 51, 3)).astype(np.uint8)
+    for suffix, most in ((".png", 0), (".jpg", 6)):
+        (tmp_path / f"a{suffix}").write_bytes(encode_picture(picture, suffix))
+        again = read_frames(tmp_path / f"a{suffix}", [0])[0].permute(1, 2, 0).numpy()
+        assert np.abs(again.astype(int) - picture).mean() <= most
 
 def test_lies_of_containers(media, tmp_path):
     """Wrong counts, cut starts, edit lists, swapped or repeated times, a single frame, dropped XviD pictures, changing
@@ -2216,23 +2260,23 @@ def test_report_tells_kinds_chance_and_majority(tmp_path):
     pairs = ("which", "left"), ("which", "left"), ("which", "up"), ("what", "red")
     train = [Example("", "", answer=answer, kind=kind) for kind, answer in pairs]
     records = [record("which", "left", True), record("which", "up", False), record("what", "red", True)]
-    lines = report({"accuracy": 2 / 3}, records, train, tmp_path)
+    lines = report({"accuracy": 2 / 3}, by_kind(records, train, tmp_path))
     assert lines[0] == "test: accuracy 66.67%" and [line.split() for line in lines[2:]] == [
         ["what", "1", "100.0%", "100.0%", "100.0%", "100.0%"], ["which", "2", "50.0%", "50.0%", "50.0%", "50.0%"],
         ["all", "3", "66.7%", "66.7%", "66.7%", "66.7%"]]
     train = [Example("", "", answer=1, options=tuple("abcd"))]
-    lines = report({"MedR": 1}, [record("", "b", True, 4)], train, "nowhere")
+    lines = report({"MedR": 1}, by_kind([record("", "b", True, 4)], train, "nowhere"))
     assert lines[0] == "test: MedR 1" and lines[-1].split() == ["all", "1", "100.0%", "25.0%", "25.0%", "-"]
 
 def test_report_knows_the_majority_class():
     """Actions, whose training answers are numbers and whose records have names, have a majority too."""
-    lines = report({"accuracy": 1}, [record("", "class 1", True)], [Example("", "", answer=1)], "nowhere")
+    lines = report({"accuracy": 1}, by_kind([record("", "class 1", True)], [Example("", "", answer=1)], "nowhere"))
     assert lines[-1].split()[4] == "100.0%"
 
 def test_figures_are_percent_and_ranks_are_not():
     """Shares are printed as percent; a median rank of 1 and a count of one clip are not."""
     metrics = {"text to video R@1": 1.0, "text to video MedR": 1.0, "video to text MeanR": 1.0, "missing": 1}
-    line, = report(metrics, [], [], "nowhere", "val")
+    line, = report(metrics, {}, "val")
     assert line == "val: text to video R@1 100.00%, text to video MedR 1, video to text MeanR 1, missing 1"
 
 def test_list_names_every_benchmark():
@@ -2242,6 +2286,243 @@ def test_list_names_every_benchmark():
     assert re.search(r"158,581 / 12,278 / 72,821 +-  42.9 \(released EVAL.md, OOV dropped; paper 42.5\)", lines["msrvtt-qa"])
     assert re.search(r"9,000 / held out / 1,000 +0.1%  35.6/62.8/71.3 \(released", lines["msrvtt"])
     assert re.search(r"122,039 / held out / 15,253 +20.0%  -$", lines["tvqa"])
+
+# ---- eval: your own video -------------------------------------------------------------------------------------------
+
+def stored(path, words, *heads, seed=0):
+    """A checkpoint of a small random model, as train.py would leave it."""
+    torch.manual_seed(seed)
+    model = small_model(words, *heads)
+    torch.save({"model": model.state_dict(), "config": asdict(model.config), "heads": heads, "answers": ["red", "blue"],
+                "task": "pretrain", "benchmarks": [], "tokenizer": words.tokenizer.to_str(), "views": 1}, path)
+    return model
+
+def test_captions_are_scored_by_matching(world, words, run):
+    """Each caption gets the probability of its pair alone, whatever stands beside it; the best comes first."""
+    model, path = stored("a.pt", words, "matching"), f"{world('msrvtt')}/videos/all/video0.mp4"
+    texts = ["a red ring", "red", "a blue ring moves left and then stops"]
+    line, *told = run("eval", "a.pt", "--video", path, "--caption", *texts).splitlines()
+    frames = read_frames(path, lambda times: frame_indices(len(times), 3, "eval"), 32)[None]
+    with torch.no_grad():
+        share = {text: model.heads["matching"](model(frames, torch.tensor([words.sentence(text, 20)])).pooled)
+                 .softmax(-1)[0, 1].item() for text in texts}
+    assert told == [f"{share[text]:7.1%}  {text}" for text in sorted(texts, key=share.get, reverse=True)]
+    assert re.fullmatch(rf"looked at \d\.\d\d, \d\.\d\d, \d\.\d\d s of {path}", line)
+
+@pytest.fixture
+def folder(world, tmp_path):
+    """clips/: two clips, a third in a folder below, and one that is broken."""
+    (tmp_path / "clips/more").mkdir(parents=True)
+    for n, name in enumerate(("b.mp4", "a b.mp4", "more/c.mp4")):
+        shutil.copy(f"{world('msrvtt')}/videos/all/video{n}.mp4", tmp_path / "clips" / name)
+    write(tmp_path, {"clips/broken.mp4": "no video", "clips/note.txt": "no clip"})
+    return tmp_path / "clips"
+
+def test_search_ranks_a_folder(folder, words, run):
+    """All clips by cosine with the seconds that were looked at; what cannot be read is named and left out."""
+    model = stored("a.pt", words, "contrast")
+    broken, line, *told = run("eval", "a.pt", "--search", "a red ring", "--videos", "clips").splitlines()
+    assert re.match("cannot be read: clips/broken.mp4: ", broken) and line.startswith("3 clips, 3 read now; embeddings kept")
+    text, cosines = torch.tensor([words.sentence("a red ring", 20)]), {}
+    for name in ("b.mp4", "a b.mp4", "more/c.mp4"):
+        frames = read_frames(folder / name, lambda times: frame_indices(len(times), 3, "eval"), 32)[None]
+        with torch.no_grad():
+            cosines[name] = F.cosine_similarity(model.encode_text(text), model.encode_video(frames)).item()
+    for name, shown in zip(sorted(cosines, key=cosines.get, reverse=True), told, strict=True):
+        assert re.fullmatch(rf" *(-?\d\.\d+)  {name}  \((\d\.\d\d(, )?){{3}} s\)", shown)
+        assert float(shown.split()[0]) == pytest.approx(cosines[name], abs=6e-4)
+
+def test_search_reads_what_changed(folder, words, run, tmp_path):
+    """Embeddings are kept beside the folder: nothing is read twice but changed files, or all under another checkpoint;
+    a damaged file of embeddings, or one that would execute something, is made anew."""
+    def read(checkpoint="a.pt"):
+        return int(re.search(r"(\d+) read now", run("eval", checkpoint, "--search", "red", "--videos", "clips"))[1])
+    stored("a.pt", words, "contrast"), stored("b.pt", words, "contrast", seed=1)
+    first = run("eval", "a.pt", "--search", "ring", "--videos", "clips").splitlines()[2:]
+    assert read() == 0 and run("eval", "a.pt", "--search", "ring", "--videos", "clips").splitlines()[2:] == first
+    os.utime(folder / "b.mp4", (1, 1))
+    assert read() == 1 and read() == 0
+    (folder / "a b.mp4").unlink()
+    assert read() == 0 and read("b.pt") == 2
+    kept = tmp_path / "clips.embeddings.npz"
+    for spoil in (lambda: kept.write_bytes(kept.read_bytes()[:99]), lambda: kept.write_text("no"),
+                  lambda: np.savez(kept, checkpoint=np.array([Path("x")], object))):
+        spoil()
+        assert read() == 2 and read() == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"a.pt", "b.pt", "clips", kept.name}
+
+def test_own_video_needs_the_head(folder, words, run):
+    """Without the head that a question needs, one line names the command that trains it; so do flags that do not go together."""
+    stored("a.pt", words, "answer"), stored("c.pt", words, "contrast")
+    write(folder, {"empty/x.txt": ""})
+    video = "--video", "clips/b.mp4"
+    for flags, line in (
+            (("a.pt", *video, "--caption", "x"), "no matching head; train one: python train.py --task pretrain"),
+            (("a.pt", "--search", "x", "--videos", "clips"), "no contrast head; train one: python train.py --task retrieval"),
+            (("c.pt", *video, "--ask", "x"), "no answer head; train one: python train.py --task vqa"),
+            (("c.pt", "--search", "x", "--videos", "clips/empty"), "--videos clips/empty: no clips in it"),
+            (("c.pt", "--search", "x"), "belong together"), (("c.pt", "--videos", "clips"), "belong together"),
+            (("a.pt", *video), "--video FILE goes with --ask"), (("a.pt", "--ask", "x"), "--video FILE goes with"),
+            (("a.pt", *video, "--ask", "x", "--caption", "y"), "--video FILE goes with")):
+        run("eval", *flags, refused=line)
+
+# ---- eval: run folders ----------------------------------------------------------------------------------------------
+
+def run_folder(name, test=None, log=(), **config):
+    """A run folder as train.py leaves it, with these test figures and log lines."""
+    Path(name).mkdir(parents=True)
+    config = {"benchmarks": ["msrvtt-qa"], "roll": "spread", "init": None, "seed": 0, "answers": 8, "vocab": 9, "batch": 4} | config
+    files = {"config.json": json.dumps(config), "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in log)}
+    write(Path(name), files | ({"test.json": json.dumps(test)} if test else {}))
+
+def figures_of(which, way=0.5):
+    return {"accuracy": which, "kinds": {kind: {"questions": 9, "accuracy": value, "chance": 0.25, "majority": 0.3, "order-blind": blind}
+                                         for kind, value, blind in (("which", which, 0.5), ("way", way, 1), ("all", which, 0.75))}}
+
+def test_compare_groups_runs_by_what_varies(tmp_path, monkeypatch):
+    """Two groups of two and one run: mean and deviation by hand; runs that start from the run of their seed are alike."""
+    monkeypatch.chdir(tmp_path)
+    for seed, a, b in ((0, 0.5, 0.9), (1, 0.7, 0.8)):
+        run_folder(f"a{seed}", figures_of(a), seed=seed, roll="none", init=f"runs/pre-s{seed}/best.pt")
+        run_folder(f"b{seed}", figures_of(b, 0.1 * seed), seed=seed, init=f"runs/pre-s{seed}/best.pt")
+    run_folder("c", figures_of(1 / 3)), run_folder("d")
+    lost, *table = eval.compare(["a0", "a1", "b0", "b1", "c", "d"])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[:-2]]
+    assert lost == "d has no test.json yet and is left out" and len({len(line) for line in table[:-2]}) == 1
+    start = "runs/pre-sSEED/best.pt"
+    assert cells[:1] + cells[2:] == [
+        ["roll", "init", "runs", "all", "way", "which"], ["none", start, "2", "60.0 ± 14.1", "50.0 ± 0.0", "60.0 ± 14.1"],
+        ["spread", start, "2", "85.0 ± 7.1", "5.0 ± 7.1", "85.0 ± 7.1"], ["spread", "None", "1", "33.3", "50.0", "33.3"],
+        ["chance", "", "", "25.0", "25.0", "25.0"], ["order-blind", "", "", "75.0", "100.0", "50.0"]]
+
+def test_compare_refuses(tmp_path, monkeypatch):
+    """No run, none that is finished, the same run twice, several benchmarks: one line each."""
+    monkeypatch.chdir(tmp_path)
+    run_folder("a", figures_of(0.5)), run_folder("b", figures_of(0.5)), run_folder("c")
+    run_folder("d", figures_of(0.5), benchmarks=["msvd-qa"])
+    for runs, line in ((["none"], "none is no run of train.py"), (["c"], "not one of these runs has a test.json"),
+                       (["a", "b"], "b: another run of the same settings has seed 0"), (["a", "d"], "several benchmarks")):
+        with pytest.raises(UserError, match=line):
+            eval.compare(runs)
+
+def test_ticks_are_round():
+    """From 0 in at most five steps of 1, 2 or 5, to just above the highest value."""
+    for top, want in ((1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (2.32, [0, 0.5, 1, 1.5, 2, 2.5]), (89, [0, 20, 40, 60, 80, 100]),
+                      (2104, [0, 500, 1000, 1500, 2000, 2500]), (0.03, [0, 0.01, 0.02, 0.03])):
+        assert eval.ticks(top) == pytest.approx(want)
+
+def test_curves_show_the_log(tmp_path, monkeypatch):
+    """One line per loss and figure, at the right heights; guesses, chance and ceiling dotted; nothing logged, one line."""
+    monkeypatch.chdir(tmp_path)
+    log = [{"step": 10 * n, "vqa": 4 / n, "lr": 1, "clips_per_s": 9, "waiting": 0} for n in (1, 2, 4)]
+    log.insert(2, {"step": 20, "val": {"accuracy": 0.5, "same": 0.5, "MedR": 200.0}})
+    run_folder("a <b>", figures_of(0.5), log), run_folder("c")
+    parts = drawn(eval.curves("a <b>"))
+    lines = [a["points"] for tag, a, _ in parts if tag == "polyline"]
+    texts = [text for tag, _, text in parts if tag == "text"]
+    assert lines == ["180.0,86.0 290.0,171.0 510.0,213.5", "290.0,389.8"] and {"0 %", "80 %", "optimiser step"} <= {*texts}
+    assert {"a <b>", "vqa", "vqa, a guess 2.08", "accuracy", "chance, test 25 %", "order-blind, test 75 %"} <= {*texts}
+    with pytest.raises(UserError, match="c/metrics.jsonl has no line yet"):
+        eval.curves("c")
+
+# ---- eval: one page about an evaluation ------------------------------------------------------------------------------
+
+def test_wilson_by_hand():
+    """8 of 10; the interval stays within 0 and 1 where all or none are right."""
+    assert wilson(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert wilson(1, 5) == pytest.approx([0.5655, 1], abs=1e-4) and wilson(0, 5) == pytest.approx([0, 0.4345], abs=1e-4)
+
+def test_the_gallery_is_spread():
+    """Of 90 right and 6 wrong, two missing, 12 are 6 and 4; a second kind gets its share; the same every time."""
+    records = [{"id": str(n), "kind": "a", "correct": n % 16 > 0, "prediction": "x" if n % 48 else None} for n in range(96)]
+    picks = chosen(records, 12)
+    assert picks == sorted(set(picks)) == chosen(records, 12) and len(picks) == 12
+    assert sum(not records[i]["correct"] for i in picks) == 4
+    more = chosen(records + [{**records[1], "id": str(n), "kind": "b"} for n in range(96, 130)], 12)
+    assert Counter(i >= 96 for i in more) == {True: 4, False: 8}
+
+@pytest.mark.parametrize("layout", ["spread", "none"])
+def test_words_look_where_the_tokens_come_from(layout):
+    """Attention to a token is drawn in the frame that the token started in, layer after layer, traced by number."""
+    model, (frames, words, _), maps = ready(replace(SMALL, roll=layout)), inputs(B=1, T=4), []
+    model(frames, words, maps=maps)
+    looks, groups = gaze(model, frames[0], words[0]), roll_groups(4, 4, layout=layout)
+    home = torch.arange(4 * 17).view(1, 4, 17, 1)
+    assert looks.shape == (3, 7, 4, 16)
+    for layer in range(3):
+        home, seen = roll_loop(home, *groups), maps[layer].mean(1)[:, :7, 7:]               # (T, L, N)
+        for t, n in np.ndindex(4, 17):
+            frame, slot = divmod(home[0, t, n].item(), 17)
+            assert not slot or close(looks[layer, :, frame, slot - 1], seen[t, :, n])
+
+def told_by(path):
+    """The data inside a report."""
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', Path(path).read_text(), re.S)[1])
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = """</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)> & "quotes" \u2028"""
+
+@pytest.fixture
+def browse(tmp_path):
+    """browse(file, "show=wrong", ..) -> the page's DOM after its scripts ran, with these filters; no error is logged."""
+    if not BROWSER:
+        pytest.skip("no Chromium here to open the page with")
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --enable-logging=stderr --v=0").split()
+    def dom(path, *state):
+        done = subprocess.run([BROWSER, *flags, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom",
+                               f"{Path(path).resolve().as_uri()}#{'&'.join(state)}"], capture_output=True, timeout=100)
+        assert b"CONSOLE" not in done.stderr, done.stderr.decode()
+        return done.stdout.decode()
+    return dom
+
+@pytest.fixture
+def reported(world, words):
+    """A report on eight questions, four right, about four clips, two of which are asked about in hostile words."""
+    examples = [replace(e, id=str(n), text=f"{HOSTILE if n % 4 > 1 else 'is it a ring?'} {n}", kind=f"kind {n % 2}")
+                for n, e in enumerate(CLIPS4 * 2)]
+    clips = Clips(examples, world("msrvtt"), recipe(words))
+    torch.manual_seed(0)
+    model = small_model(words, "answer")
+    metrics, records = evaluate(model, clips)
+    for n, r in enumerate(records):
+        r.update(correct=n % 2 == 0, truth=r["prediction"] if n % 2 == 0 else "mauve")
+    return page(HOSTILE, ["x"], model, clips, {"accuracy": 0.5}, records, by_kind(records, examples, "nowhere"))
+
+def test_report_in_a_browser(reported, browse, tmp_path):
+    """It draws without an error, whatever the texts hold; filters by right or wrong, kind and text; a click on a word
+    colours the frames; nothing refers to the network."""
+    path = tmp_path / "page.html"
+    path.write_text(reported)
+    assert not re.search(r"""(src|href)=["']?http|url\(|@import""", reported)
+    for state, shown in (("show=wrong", "kind=kind+1"), 4), (("text=RING", "show=right"), 2):
+        dom = browse(path, *state)
+        assert f'"soft">{shown} of 8 shown' in dom and dom.count("<article") == 8 and "data-error" not in dom
+        assert len(re.findall("<article[^>]*hidden", dom)) == 8 - shown
+        assert "<img src=\"x\"" not in dom and ("<title>&lt;/script&gt;" in dom or "<title>true,[CLS]</title>" in dom)
+        path.write_text(reported.replace("</body>", """<script>
+            document.querySelector(".words button").click()
+            const pixels = document.querySelector("canvas").getContext("2d").getImageData(0, 0, 4, 4).data
+            document.title = [pixels.some(Boolean), document.querySelector(".words [aria-pressed=true]").textContent]
+            </script></body>"""))
+    assert "<title>true,[CLS]</title>" in dom
+
+def test_report_shows_what_the_model_saw(reported, world):
+    """The pictures are the frames of evaluation to the bit, shared among questions about one clip; the numbers agree."""
+    told = json.loads(re.search(r'type="application/json">(.*?)</script>', reported, re.S)[1])
+    assert len(told["pictures"]) == 12 and told["items"][0]["frames"] == told["items"][4]["frames"] == [0, 1, 2]
+    head, code = told["pictures"][1].split(",")
+    with av.open(io.BytesIO(base64.b64decode(code))) as png:
+        seen = next(png.decode(video=0)).to_ndarray(format="rgb24")
+    path = find_media(world("msrvtt"), CLIPS4[0].media)
+    frames = read_frames(path, lambda times: frame_indices(len(times), 3, "eval"), 32)
+    assert head == "data:image/png;base64" and np.array_equal(seen, frames[1].permute(1, 2, 0))
+    assert told["title"] == HOSTILE and told["head"]["interval"] == pytest.approx(wilson(0.5, 8))
+    assert [k["kind"] for k in told["kinds"]] == ["kind 0", "kind 1", "all"]
+    looks = np.frombuffer(base64.b64decode(told["items"][0]["looks"]), np.uint8)
+    looks = looks.reshape(len(told["layers"]), len(told["items"][0]["words"]), 3, 16)
+    assert (looks.max((2, 3)) == 255).all() and told["layers"] == [1, 2]
+    assert [told["forward"], told["backward"]] == [(g - 1).tolist() for g in roll_groups(4, 4)]
 
 # ---- train: schedule, parameters, losses ----------------------------------------------------------------------------
 
@@ -2290,6 +2571,16 @@ def test_accumulation_changes_nothing(task):
         assert count == whole
     assert close(grads[0], grads[1], 1e-6) and close(grads[0], grads[2], 1e-6)
     assert max(g.abs().max() for g in grads[0]) > 1e-3
+
+def test_overrides_by_name():
+    """--set gives Config's types; a wrong name or value is one line that says what is allowed."""
+    assert overrides(["fraction=0.125", "time=0", "roll_unimodal=1", "layers=2"]) == {
+        "fraction": 0.125, "time": False, "roll_unimodal": True, "layers": 2}
+    for pair, line in (("frames=3", "NAME one of width, .*fraction, roll_unimodal, time"), ("time", "time needs 0 or 1"),
+                       ("time=yes", "time needs 0 or 1"), ("layers=0", "layers needs a whole number above 0"),
+                       ("layers=1.5", "a whole"), ("fraction=2", "fraction needs a number from 0 to 1"), ("std=nan", "std needs")):
+        with pytest.raises(UserError, match=f"--set {pair}: .*{line}"):
+            overrides([pair])
 
 def test_losses_by_hand():
     """A pretraining batch: PyTorch's losses of the model's plain outputs, and contrast as a loop over pairs."""
@@ -2404,7 +2695,10 @@ def test_every_benchmark_trains_and_evaluates(world, run, name):
     held = f"{name}: val is a held-out slice of train: " in told
     assert held == ("val" not in BENCHMARKS[name].splits) and "0 missing, 0 unreadable" in told
     figures = re.search(r"^test: .*$(?:\n(?:kind| ?\S*(?: \S+)? +\d+ +\d).*$)*", told, re.M)[0]
-    assert figures in run("eval", "run/best.pt", "--predictions", "said.jsonl")
+    assert figures in run("eval", "run/best.pt", "--predictions", "said.jsonl", "--report", "page.html")
+    told = told_by("page.html")
+    assert len(told["items"]) == (task != "pretrain") * min(60, told["total"]) and Path("page.html").stat().st_size < 1e7
+    assert all(len(item["top"]) == len(item.get("shown", item["top"])) > 0 for item in told["items"])
     assert {f.name for f in Path("run").iterdir()} == files | {"test.json"}
     assert ("\nall " in figures) == (task not in ("retrieval", "pretrain"))
     assert len(open("said.jsonl").readlines()) == (0 if task == "pretrain" else len(load_split(name, root, "test")))
@@ -2671,6 +2965,9 @@ MISTAKES = [
     ("train --data empty", "train_qa.json: Expecting value"), ("train --data my.jsonl", "my.jsonl.*No such file"),
     ("train --data norows", "no rows for 'train' of msrvtt-qa"), ("train --data noclips", "clips are missing, more"),
     ("train --tokenizer none.json", "--tokenizer none.json"), ("train --init none.pt", "none.pt is not a file"),
+    ("train --set speed=1", "--set speed=1: NAME=VALUE is needed"), ("train --set fraction=0.3", "fraction 0.3 is not 0 or 2"),
+    ("train --set width=97", "width 97 is not a multiple of heads 4"),
+    ("eval --plot empty", "empty is no run of train.py"), ("eval --compare old empty", "empty is no run of train.py"),
     ("train --out old", "old already holds a run; pass --resume"),
     ("train --out old --resume --steps 1 --seed 3", "another run than old: seed was 0, now 3; use"),
     ("train --out old --resume --steps 1 --frames 2", "another run than old: frames was 3, now 2; use"),

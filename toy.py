@@ -31,7 +31,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from data import BENCHMARKS, crop, find_media, load_split, pick_frames, read_frames, tint, wordpiece
+from data import BENCHMARKS, crop, encode_picture, find_media, load_split, pick_frames, read_frames, tint, wordpiece
 
 # ---- scenes ---------------------------------------------------------------------------------------------------------
 
@@ -213,16 +213,6 @@ def random_look(rng):
     return dict(fps=fps, seconds=seconds, width=height + int(rng.choice([0, 2, 4])), height=height)
 
 
-def write_picture(path, picture):
-    """Encode one picture, uint8 (height, width, 3), as the suffix of `path` says."""
-    codec, pixels = {".jpg": ("mjpeg", "yuvj420p"), ".png": ("png", "rgb24")}[path.suffix]
-    encoder = av.CodecContext.create(codec, "w")
-    encoder.height, encoder.width, encoder.pix_fmt = *picture.shape[:2], pixels
-    encoder.time_base, encoder.thread_count, encoder.qmax = Fraction(1, 3), 1, 4
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    path.write_bytes(b"".join(map(bytes, encoder.encode(frame))))
-
-
 # ---- longer clips and still pictures --------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -309,7 +299,8 @@ def shoot(job):
         return write_video(path, scene, codec=CODECS[path.suffix], **look)
     for i, when in enumerate(np.linspace(0, 1, round(look["fps"] * look["seconds"])), 1):
         picture = render(scene, when, look["width"], look["height"])
-        write_picture(path if path.suffix else path / f"{i:05d}.jpg", picture)
+        file = path if path.suffix else path / f"{i:05d}.jpg"
+        file.write_bytes(encode_picture(picture, file.suffix))
 
 
 class Studio:
@@ -722,7 +713,7 @@ def contact_sheet(root, name, count=8, T=3, side=80):
             answer = e.options[e.answer] if e.options else e.answer
             print(f"{benchmark:16s}", e.text or " ".join(e.captions), " | ".join(e.options),
                   *["->", answer] * (answer is not None))
-    write_picture(Path(root) / f"{name}.png", np.concatenate(rows))
+    (Path(root) / f"{name}.png").write_bytes(encode_picture(np.concatenate(rows), ".png"))
 
 
 def main():

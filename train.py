@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from allinone import SIZES, AllInOne, UserError, load_weights, read_config
+from allinone import SIZES, AllInOne, Config, UserError, load_weights, read_config, run_main
 from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, collate, has_split, load_split, loader
-from eval import (check_numbers, coverage, device_of, embeddings, evaluate, from_all, from_first, report, scores, survey,
-                  to_device, tokenizer_of)
+from eval import (by_kind, check_numbers, coverage, device_of, embeddings, evaluate, from_all, from_first, report, scores,
+                  survey, to_device, tokenizer_of)
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
 # A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what it is to be divided by, "rows" or "masked".
@@ -133,6 +133,10 @@ TASKS = {
 HEAD_LR = 10                                                # heads of a pre-trained model learn so much faster; 1 at toy size
 
 
+SETTABLE = {field.name: field.type for field in fields(Config)          # by --set; the others have flags, or follow the data
+            if field.name not in ("frames", "roll", "words", "vocab", "answers")}
+
+
 def lr_at(step, total, warmup=0.1):
     """The share of the peak learning rate at optimiser step 0, 1, ...: linear from 0 over the warm-up, then linear to 0."""
     up = max(1, round(warmup * total))
@@ -234,34 +238,61 @@ def open_run(out, settings, resume):
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data, model, optim, run = (parser.add_argument_group(g) for g in ("data", "model", "optimisation", "run"))
+    toy = lambda i: ", ".join(f"{name} {task.toy[i]:g}" for name, task in TASKS.items())
     data.add_argument("--task", required=True, choices=TASKS)
-    data.add_argument("--benchmark", help="a name out of eval.py --list; for pretrain several, with commas (default: the task's first)")
-    data.add_argument("--data", help="folder of the dataset as its owners distribute it, or a .jsonl; one per benchmark, with commas "
-                      "(default: the toy world, made in data/toy)")
-    data.add_argument("--tokenizer", help="tokenizer.json, vocab.txt or hub name (default: that of --init, else tokenizer.json in --data)")
+    data.add_argument("--benchmark", metavar="NAME", help="out of eval.py --list; for pretrain several, with commas (default: "
+                      + ", ".join(f"{task.benchmark} for {name}" for name, task in TASKS.items()) + ")")
+    data.add_argument("--data", help="folder of the dataset as its owners distribute it, or a .jsonl; one per benchmark, with "
+                      "commas (default: the toy world, made in data/toy)")
+    data.add_argument("--tokenizer", help="tokenizer.json, vocab.txt or hub name (default: that of --init, else "
+                      "tokenizer.json in --data)")
     data.add_argument("--allow-missing", action="store_true", help="go on although clips are missing or unreadable")
-    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="decoding processes (default %(default)s)")
+    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+                      help="decoding processes (here default %(default)s)")
     model.add_argument("--size", choices=SIZES, help="default: that of --init, else toy")
     model.add_argument("--frames", type=int, help="T, frames a clip (default: that of --init, else 3)")
-    model.add_argument("--roll", choices=("spread", "block", "none"), help="which tokens roll (default: that of --init, else spread)")
-    model.add_argument("--init", help="checkpoint to start from: ours, released All-in-one, timm ViT or DeiT, Hugging Face ViLT")
+    model.add_argument("--roll", choices=("spread", "block", "none"),
+                       help="which tokens roll (default: that of --init, else spread)")
+    model.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other fields of the model, such as "
+                       f"fraction=0.125 time=0 (default: those of --init or --size); names: {', '.join(SETTABLE)}")
+    model.add_argument("--init", metavar="FILE",
+                       help="weights to start from: ours, released All-in-one, timm ViT or DeiT, Hugging Face ViLT (default: random)")
     optim.add_argument("--steps", type=int, help="optimiser steps (default: as many as --epochs makes)")
-    optim.add_argument("--epochs", type=float, help="passes over the training split (default: the task's)")
-    optim.add_argument("--batch", type=int, help="clips per optimiser step, over all processes (default: the task's)")
+    optim.add_argument("--epochs", type=float, help="passes over the training split "
+                       f"(default {Task.epochs}; toy size: until so many clips are seen: {toy(2)})")
+    optim.add_argument("--batch", type=int, help="clips per optimiser step, over all processes "
+                       f"(default {Task.batch}; toy size: {toy(1)})")
     optim.add_argument("--accum", type=int, default=1, help="micro-batches per process and step (default 1)")
-    optim.add_argument("--lr", type=float, help="peak learning rate (default: the task's)")
+    optim.add_argument("--lr", type=float, help=f"peak learning rate (default {Task.lr:g}; toy size: {toy(0)})")
     optim.add_argument("--contrast", action="store_true", help="pretrain: add the contrastive loss")
     optim.add_argument("--rerank", type=int, default=0, metavar="K", help="retrieval: add a matching loss with hard negatives; its "
                        "head orders the first K anew in evaluation (default 0: neither)")
-    run.add_argument("--out", help="run folder (default runs/BENCHMARK-SIZE-ROLL-sSEED)")
+    run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/BENCHMARK-SIZE-ROLL-SET-sSEED)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    run.add_argument("--seed", type=int, default=0, help="default 0")
+    run.add_argument("--seed", type=int, default=0, help="of weights, order and frames (default 0)")
     run.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    run.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    run.add_argument("--amp", action="store_true", help="bfloat16 autocast (default: float32)")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
     run.add_argument("--checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
     run.add_argument("--views", type=int, default=1, help="evaluation: sets of frames a clip, scores averaged (default 1)")
     return parser.parse_args(argv)
+
+
+def overrides(pairs):
+    """["fraction=0.125", "time=0"] -> {"fraction": 0.125, "time": False}, of the types of Config's fields."""
+    changes = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        kind = SETTABLE.get(name)
+        try:
+            changes[name] = value = {"0": False, "1": True}[text] if kind is bool else kind(text)
+            if kind is int and value < 1 or kind is float and not 0 <= value <= 1:
+                raise ValueError
+        except (TypeError, ValueError, KeyError):
+            needed = {int: "a whole number above 0", float: "a number from 0 to 1", bool: "0 or 1"}
+            raise UserError(f"--set {pair}: " + (f"{name} needs {needed[kind]}" if kind else
+                            f"NAME=VALUE is needed, NAME one of {', '.join(SETTABLE)}")) from None
+    return changes
 
 
 def roots_of(args, names):
@@ -332,10 +363,13 @@ def train(args):
     # -- model
     heads = (*task.heads, *(("contrast",) if args.contrast else ()), *(("matching",) if args.rerank else ()))
     changes = {"vocab": len(words), "words": bench.length, "answers": len(answers),
-               **{k: v for k, v in (("frames", args.frames), ("roll", args.roll)) if v}}
-    config = read_config(args.init, **changes) if args.init and not args.size else replace(SIZES[size], **changes)
+               **{k: v for k, v in (("frames", args.frames), ("roll", args.roll)) if v}, **overrides(args.set)}
     torch.manual_seed(args.seed)
-    model = AllInOne(config, heads).to(device)
+    try:
+        config = read_config(args.init, **changes) if args.init and not args.size else replace(SIZES[size], **changes)
+        model = AllInOne(config, heads).to(device)
+    except ValueError as error:                             # values of --set that do not go together
+        raise UserError(str(error)) from None
     if args.init:
         say(f"{args.init}: {load_weights(model, args.init, answers)}")
     model.checkpointing = args.checkpointing
@@ -358,7 +392,8 @@ def train(args):
     total = args.steps or max(1, round(epochs * steps_per_epoch))
 
     # -- the run folder, and where it left off
-    out = Path(args.out or f"runs/{'+'.join(names)}-{size or 'init'}-{config.roll}-s{args.seed}")
+    parts = "+".join(names), size or "init", config.roll, *(pair.replace("=", "") for pair in args.set), f"s{args.seed}"
+    out = Path(args.out or "runs/" + "-".join(parts))
     settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr, "batch": batch,
                 "accum": args.accum, "processes": world, "device": device.type, "steps": total, "seed": args.seed,
                 "contrast": args.contrast, "amp": args.amp, "views": args.views, "rerank": args.rerank}
@@ -470,8 +505,9 @@ def train(args):
         model.load_state_dict(from_first(lambda: torch.load(out / "best.pt", map_location="cpu", weights_only=True)["model"]))
         metrics, records = evaluate(model, clips["test"], **how)
         if rank == 0:
-            save(out / "test.json", json.dumps(metrics))
-            say("\n".join(report(metrics, records, splits["train"][0], roots[0])))
+            table = by_kind(records, splits["train"][0], roots[0])
+            save(out / "test.json", json.dumps({**metrics, "kinds": table}))
+            say("\n".join(report(metrics, table)))
     else:
         say("no test rows here: the validation figure is the last")
     say(f"{time.perf_counter() - started:.0f} s; next: python eval.py {out}/best.pt")
@@ -479,16 +515,20 @@ def train(args):
         dist.destroy_process_group()
 
 
-def main():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the loop takes over: nothing is left half written
+def heard_once():
+    """train; of several processes with the same mistake the first alone is heard: torchrun meanwhile ends the others."""
     try:
         train(arguments())
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)):            # if all say this, the first alone is heard: torchrun ends the others
+    except UserError:
+        if int(os.environ.get("LOCAL_RANK", 0)):
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
             time.sleep(5)
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise
+
+
+def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the loop takes over: nothing is left half written
+    run_main("train.py", heard_once)
 
 
 if __name__ == "__main__":
