@@ -119,8 +119,8 @@ def make_scene(rng, events=None):
     for kind in kinds:
         if kind == "moves":
             way = pick(WAYS)
-            away = -1 if way in ("right", "down") else 1    # the side that it leaves: 45 % begin there, a hint that one
-            side = rng.choice([away, 0, -away], p=[0.45, 0.275, 0.275])     # frame can take and that gets learning going
+            away = -1 if way in ("right", "down") else 1    # the side that it leaves: half begin there, a hint that one
+            side = rng.choice([away, 0, -away], p=[0.5, 0.25, 0.25])         # frame can take and that gets learning going
             start = 2 / 3 * side + rng.uniform(-0.06, 0.06)
             x, y = (start, y) if way in ("left", "right") else (x, start)
             acts.append(("moves", way))

@@ -123,7 +123,7 @@ class Task:
 
 
 TASKS = {
-    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 60_000)),
+    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 64_000)),
     "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy", (6e-4, 16, 8_000)),
     "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1", (7e-4, 32, 30_000)),
     "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 16, 8_000)),
