@@ -2819,7 +2819,8 @@ def test_stopped_and_resumed_to_the_bit(run, monkeypatch):
     run("train", *flags, "--out", "whole")
     def stopping(step, total):
         if step == 8:
-            subprocess.run(["kill", *(str(pid) for pid in (os.getpid(), *(p.pid for p in multiprocessing.active_children())))])
+            workers = [worker.pid for worker in multiprocessing.active_children()]
+            subprocess.run(["kill", *map(str, [os.getpid(), *workers])])        # not by the parent, whom workers obey
         return schedule(step, total)
     monkeypatch.setattr(train, "lr_at", stopping)
     with pytest.raises(SystemExit, match="run/last.pt is at step 9, go on with --resume --out run"):
@@ -2992,7 +2993,8 @@ def test_mistakes_are_one_line(mistakes, run, monkeypatch, command, line):
 
 ALL_TASKS = [("vqa", "--accum", 2), ("retrieval",), ("pretrain", "--contrast", "--accum", 2)]
 DROPOUT = replace(SIZES["toy"], layers=2, dropout=0.1, drop_path=0.1)
-STEPS10 = "--task vqa --data vqa.jsonl --tokenizer tokenizer.json --steps 10 --batch 8 --workers 1 --device cpu --allow-missing --out".split()
+STEPS10 = ("--task vqa --data vqa.jsonl --tokenizer tokenizer.json --steps 10 --batch 8 --workers 1 --device cpu "
+           "--allow-missing --out").split()
 
 def in_float64(task, *flags):
     """Two steps of train.py in float64, a third of the clips broken -> the gradients of both."""
@@ -3034,7 +3036,8 @@ def one_of_two():
 
 def torchrun(folder, code):
     """Two processes of this Python on the CPU that run this code in this folder, as torchrun would start train.py."""
-    (folder / "script.py").write_text(f"import sys\nsys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})\n{code}\n")
+    here = os.path.dirname(os.path.abspath(__file__))
+    (folder / "script.py").write_text(f"import sys\nsys.path.insert(0, {here!r})\n{code}\n")
     command = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"
     return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
 

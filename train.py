@@ -464,8 +464,9 @@ def train(args):
         sums, stopping = {name: sum(some[name] for some, _ in told) for name in sums}, any(flag for _, flag in told)
         if not math.isfinite(sum(sums.values()) + norm):
             ids = [examples[i].id for part in from_all([b["index"].tolist() for b in micro]) for some in part for i in some]
-            raise UserError(f"step {step}: the loss is {sum(sums.values())} ({', '.join(f'{k} {v:g}' for k, v in sums.items())}; "
-                            f"gradient {norm:g}); examples {', '.join(ids)}; lower --lr, or look at these clips")
+            parts = ", ".join(f"{k} {v:g}" for k, v in sums.items())
+            raise UserError(f"step {step}: the loss is {sum(sums.values())} ({parts}; gradient {norm:g}); examples {', '.join(ids)}; "
+                            "lower --lr, or look at these clips")
         if count["rows"]:                                   # else --allow-missing, and not one clip can be read
             optimizer.step()
         optimizer.zero_grad()
@@ -491,8 +492,9 @@ def train(args):
         if due or ends or stopping:
             states = from_all(random_state(device))
             if rank == 0:
-                save(out / "last.pt", {**about, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                                       "best": best, "bad": bad, "random": states, "logged": log.stat().st_size})
+                save(out / "last.pt", {**about, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                       "step": step + 1, "best": best, "bad": bad, "random": states,
+                                       "logged": log.stat().st_size})
         if stopping:
             raise SystemExit(f"train.py: told to stop; {out}/last.pt is at step {step + 1}, go on with --resume --out {out}"
                              if rank == 0 else 1)
@@ -522,7 +524,7 @@ def heard_once():
     except UserError:
         if int(os.environ.get("LOCAL_RANK", 0)):
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
-            time.sleep(5)
+            time.sleep(10)
         raise
 
 
