@@ -2725,8 +2725,7 @@ def test_a_pretrained_checkpoint_is_evaluated_on_everything(world, run):
     """Trained on two sets at once: each has its figures, or the named one; without further training options are chosen
     by matching, and clips found by contrast and re-ranked by matching."""
     run("train", "--task", "pretrain", "--benchmark", "webvid,cc3m", "--data", f"{world('webvid')},{world('cc3m')}", "--contrast")
-    for name in ("msrvtt", "hmdb51"):
-        world(name)                                         # beside webvid: found without --data
+    world("msrvtt")                                         # beside webvid: found without --data
     told = run("eval", "run/best.pt")
     assert re.findall(r"^(\w+) test: \d+ rows", told, re.M) == ["webvid", "cc3m"] and told.count("matching accuracy") == 2
     assert re.findall(r"^(\w+) test: \d+ rows", run("eval", "run/best.pt", "--benchmark", "cc3m"), re.M) == ["cc3m"]
