@@ -123,7 +123,7 @@ def _demux(path):
     """Yields the packets of the first video stream that is not cover art, in file order. Decodes nothing."""
     if not os.path.isfile(path):                                     # a pipe would block for ever
         raise VideoError(f"{path}: no such file")
-    options = OPEN | {"analyzeduration": "1"} if str(path).lower().endswith(".gif") else OPEN   # or it decodes most of it
+    options = OPEN | {"analyzeduration": "1"} if str(path).lower().endswith(".gif") else OPEN  # or it decodes much
     try:
         with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:   # concat:... is a name
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -171,7 +171,7 @@ class _Clip:
         self.pts, self.whole, self.skippable = pts, [(0, len(rows) - 1)], name in SKIPPABLE
         if sound and avi and is_b:                                   # FFmpeg makes AVI's timestamps up, in packet order
             when, ahead = [], len(rows)
-            for j in reversed(range(len(rows))):                     # what is no B-frame is shown when the next such comes
+            for j in reversed(range(len(rows))):                     # no B-frame: it is shown when the next such comes
                 when.append(j if is_b[j] else ahead - 0.5)
                 ahead = ahead if is_b[j] else j
             self.pts = when[::-1]
@@ -204,7 +204,7 @@ class _Clip:
                 if j < start:
                     continue
                 skip = wanted is not None and self.skippable and j not in wanted
-                skip = skip and not self.is_key[j] and not self.held[j + 1]     # or what the packet leaves behind is lost
+                skip = skip and not self.is_key[j] and not self.held[j + 1]    # or what the packet leaves over is lost
                 self.codec.skip_frame = "NONREF" if skip else "DEFAULT"
                 packet.pts = packet.dts = j
                 try:
@@ -1368,8 +1368,8 @@ def with_torchcodec(torchcodec, path, numbers, R):
 
 def bench(paths, R=224, rounds=5):
     """Milliseconds of processor time for T frames of R x R, and how many times as long the others take, by file and as
-    geometric means; `!`: their full-size pixels are not those of decode_all. Medians of shuffled rounds, one thread, the
-    file in the page cache. Processor time, as a neighbour's load does not count in it."""
+    geometric means; `=`: their full-size pixels are those of decode_all, `!`: they are not. Medians of shuffled rounds,
+    one thread, the file in the page cache. Processor time, as a neighbour's load does not count in it."""
     torch.set_num_threads(1)
     methods = {"ours": lambda *a: read_frames(*a).numpy(), "all": decode_all, "each": seek_each}
     for name, method in (("decord", with_decord), ("cv2", with_cv2), ("torchcodec", with_torchcodec)):
@@ -1379,7 +1379,8 @@ def bench(paths, R=224, rounds=5):
             continue
         methods[name] = lambda *a, method=method, module=module: method(module, *a)
     ratios, peers = {}, list(methods)[1:]
-    print(f"{'file':24}{'frames':>7}{'keys':>5}{'T':>3}{'ours ms':>9}" + "".join(f"{name + '/ours':>16}" for name in peers))
+    head = "".join(f"{name + '/ours':>16}" for name in peers)
+    print(f"{'file':24}{'frames':>7}{'keys':>5}{'T':>3}{'ours ms':>9}{head}")
     for path in paths:
         clip = _Clip(path)
         n, keys = len(clip.times), sum(clip.is_key)
@@ -1403,7 +1404,8 @@ def bench(paths, R=224, rounds=5):
                 line += f"{'fails':>16}" if failed else f"{statistics.median(ms[name]) / ours:>15.2f}{marks[name]}"
                 for family in [f for f, member in families.items() if member and not failed]:
                     ratios.setdefault((family, T, name), []).append(statistics.median(ms[name]) / ours)
-            print(f"{path.rsplit('/', 1)[-1][:23]:24}{n:>7}{keys:>5}{T:>3}{ours:>8.2f}{marks['ours']}{line}", flush=True)
+            name = os.path.basename(path)[:23]
+            print(f"{name:24}{n:>7}{keys:>5}{T:>3}{ours:>8.2f}{marks['ours']}{line}", flush=True)
     for family, T in dict.fromkeys(key[:2] for key in ratios):
         line = ""
         for name in peers:
