@@ -2461,7 +2461,7 @@ def told_by(path):
     return json.loads(re.search(r'type="application/json">(.*?)</script>', Path(path).read_text(), re.S)[1])
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = """</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)> & "quotes" \u2028"""
+MARKUP = """</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)> & "quotes" \u2028"""
 
 @pytest.fixture
 def browse(tmp_path):
@@ -2480,7 +2480,7 @@ def browse(tmp_path):
 @pytest.fixture
 def reported(world, words):
     """A report on eight questions, four right, about four clips, two of which are asked about in hostile words."""
-    examples = [replace(e, id=str(n), text=f"{HOSTILE if n % 4 > 1 else 'is it a ring?'} {n}", kind=f"kind {n % 2}")
+    examples = [replace(e, id=str(n), text=f"{MARKUP if n % 4 > 1 else 'is it a ring?'} {n}", kind=f"kind {n % 2}")
                 for n, e in enumerate(CLIPS4 * 2)]
     clips = Clips(examples, world("msrvtt"), recipe(words))
     torch.manual_seed(0)
@@ -2488,7 +2488,7 @@ def reported(world, words):
     metrics, records = evaluate(model, clips)
     for n, r in enumerate(records):
         r.update(correct=n % 2 == 0, truth=r["prediction"] if n % 2 == 0 else "mauve")
-    return page(HOSTILE, ["x"], model, clips, {"accuracy": 0.5}, records, by_kind(records, examples, "nowhere"))
+    return page(MARKUP, ["x"], model, clips, {"accuracy": 0.5}, records, by_kind(records, examples, "nowhere"))
 
 def test_report_in_a_browser(reported, browse, tmp_path):
     """It draws without an error, whatever the texts hold; filters by right or wrong, kind and text; a click on a word
@@ -2518,7 +2518,7 @@ def test_report_shows_what_the_model_saw(reported, world):
     path = find_media(world("msrvtt"), CLIPS4[0].media)
     frames = read_frames(path, lambda times: frame_indices(len(times), 3, "eval"), 32)
     assert head == "data:image/png;base64" and np.array_equal(seen, frames[1].permute(1, 2, 0))
-    assert told["title"] == HOSTILE and told["head"]["interval"] == pytest.approx(wilson(0.5, 8))
+    assert told["title"] == MARKUP and told["head"]["interval"] == pytest.approx(wilson(0.5, 8))
     assert [k["kind"] for k in told["kinds"]] == ["kind 0", "kind 1", "all"]
     looks = np.frombuffer(base64.b64decode(told["items"][0]["looks"]), np.uint8)
     looks = looks.reshape(len(told["layers"]), len(told["items"][0]["words"]), 3, 16)
