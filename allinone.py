@@ -727,7 +727,7 @@ def figure(L=7, real=5, cell=22, dot=5):
     told = ("Attention stays inside a frame:", "three blocks, one per frame.", "", "Pale stripes: padding words are",
             "looked at by nobody.", "", "All that a frame hears of the", "others came with the tokens", "that rolled in.")
     parts += [label(92 + side + 24, top + 16 + 19 * i, line) for i, line in enumerate(told)]
-    return svg(680, top + side + 24, *parts)
+    return svg(720, top + side + 24, *parts)
 
 
 def main():

@@ -598,7 +598,7 @@ def curves(folder):
               if kinds.get(name)}
     end = log[-1]["step"]
     return svg(800, 560, label(24, 34, Path(folder).resolve().name, size=17, weight=600),
-               *panel(86, "Training loss (nats)", "", losses, guess, end), *panel(326, "Validation", " %", shares, levels, end),
+               *panel(86, "Training loss (nats)", "", losses, guess, end), *(panel(326, "Validation", " %", shares, levels, end) if shares else ()),
                label(290, 538, "optimiser step", SOFT, "middle", 12))
 
 

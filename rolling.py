@@ -149,7 +149,7 @@ def figure(T=3, side=14, cell=12):
     before = torch.arange(T).view(1, T, 1, 1).expand(1, T, 1 + side * side, 1)
     after, step = roll_tokens(before, *roll_groups(side, side)), side * cell + 26
     parts = [label(24, 34, "Token rolling", size=17, weight=600), label(24, 55, "Before every block, an eighth of each frame's "
-             "tokens goes on to the next frame, an eighth to the one before.", SOFT)]
+             "tokens moves on by a frame, an eighth back by one.", SOFT)]
     for row, (title, x) in enumerate({"before": before, "after": after}.items()):
         y = 92 + row * (side * cell + 40)
         parts.append(label(24, y + side * cell / 2 + 4, title, weight=600))
