@@ -119,8 +119,10 @@ def make_scene(rng, events=None):
     for kind in kinds:
         if kind == "moves":
             way = pick(WAYS)
-            away = -1 if way in ("right", "down") else 1    # the side that it leaves: half begin there, a hint that one
-            side = rng.choice([away, 0, -away], p=[0.5, 0.25, 0.25])         # frame can take and that gets learning going
+            # Half begin at the side that they leave: a hint that a single frame can take. Without it learning to compare
+            # frames takes several times as long.
+            away = -1 if way in ("right", "down") else 1
+            side = rng.choice([away, 0, -away], p=[0.5, 0.25, 0.25])
             start = 2 / 3 * side + rng.uniform(-0.06, 0.06)
             x, y = (start, y) if way in ("left", "right") else (x, start)
             acts.append(("moves", way))
