@@ -734,7 +734,7 @@ def page(title, about, model, clips, metrics, records, table):
     trials = len(records) // (2 if recipe.task == "vcr" else 1)                 # Q->AR: two rows are one trial
     name, value = next(iter(metrics.items()))
     head = {"name": name, "value": value, "interval": wilson(value, trials) if trials else None}
-    if recipe.task == "vcr":
+    if {"Q->A", "QA->R"} <= table.keys():                   # both are to be right
         head["chance"] = table["Q->A"]["chance"] * table["QA->R"]["chance"]
     elif table:
         head |= {k: table["all"][k] for k in ("chance", "majority", "order-blind")}
