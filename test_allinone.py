@@ -2051,7 +2051,7 @@ def test_reversed_scenes():
 def test_no_order_in_a_frame_count(events):
     """Of clips that change color, as many show the last color in the middle as the first: counting tells nothing."""
     scenes = [toy.clip_of(0, number, events)[0] for number in range(3000)]
-    turning = [s for s in scenes if "turns" in str(s.events)]
+    turning = [s for s in scenes if str(s.events).count("turns") == 1]                      # of two turns the last is never there
     last = sum(s.at(0.52)[0].color == s.at(1)[0].color for s in turning)
     assert abs(last / len(turning) - 0.5) < 0.06
 
@@ -2848,7 +2848,7 @@ def test_a_full_disk_is_one_line(run, monkeypatch, file):
     """It says what to do, leaves the last checkpoint whole and nothing half written, and the run goes on once there is room."""
     schedule, path = train.lr_at, Path("run", file)
     def filling(step, total):
-        if step == 3:
+        if step == 3 and not path.is_symlink():             # asked once for each group of parameters
             path.rename("log") if path.exists() else None
             path.symlink_to("/dev/full")
         return schedule(step, total)
@@ -3050,7 +3050,7 @@ def pair(world, tmp_path_factory):
     shutil.copytree(world("msrvtt"), folder, dirs_exist_ok=True)
     own_files(folder)
     for path in (folder / "videos/all").iterdir():
-        if int(path.stem[5:]) % 3 == 0 and int(path.stem[5:]) < 6513:
+        if int(path.stem[5:]) % 3 == 2 and int(path.stem[5:]) < 6513:
             path.write_bytes(b"broken")
     done = torchrun(folder, "import test_allinone\ntest_allinone.one_of_two()")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -3075,7 +3075,7 @@ def test_two_processes_equal_one(pair, run, monkeypatch, capsys, task, flags):
 def test_two_processes_lost_whole_micro_batches(pair):
     """What the test above is worth: one process had a micro-batch without a clip while the other had some."""
     examples = read_jsonl_file(str(pair[0] / "vqa.jsonl"), "train")
-    broken = [int(e.media.split("video")[-1].split(".")[0]) % 3 == 0 for e in examples]
+    broken = [int(e.media.split("video")[-1].split(".")[0]) % 3 == 2 for e in examples]
     ranks = [micro(Order([np.arange(len(examples))], 8, 2, 0, 0, rank, 2), 4) for rank in range(2)]
     lost = [[all(broken[i] for _, i in piece) for piece in pieces] for pieces in ranks]
     assert any(a != b for a, b in zip(*lost))
