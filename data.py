@@ -1269,9 +1269,9 @@ def crop(picture, R, place, zoom=1.2):
 def collate(items, pad):
     """Items -> one batch; texts padded to the longest of the batch, not to L: fewer tokens, the same result."""
     good = [item for item in items if "error" not in item]
-    batch = {"errors": {item["index"]: item["error"] for item in items if "error" in item},
-             "index": torch.tensor([item["index"] for item in good])}
+    batch = {"errors": {item["index"]: item["error"] for item in items if "error" in item}}
     if good:
+        batch["index"] = torch.tensor([item["index"] for item in good])
         batch["frames"] = torch.stack([item["frames"] for item in good])
         batch["target"] = torch.tensor([-1 if item["target"] is None else item["target"] for item in good])
         L = max(len(ids) for item in good for ids in item["words"])

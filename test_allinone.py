@@ -2559,6 +2559,19 @@ def made_batch(task, rows, lengths):
         items.append(item | ({"labels": ids[-1][:masked] + [-100] * (L - masked)} if task == "pretrain" else {}))
     return collate(items, 0)
 
+@pytest.mark.parametrize("task, heads", [("vqa", ()), ("choice", ()), ("retrieval", ("matching",)), ("pretrain", ("contrast",))])
+def test_a_batch_of_nothing_counts_for_nothing(world, words, task, heads):
+    """It goes through every loss, and leaves a gradient of 0 with every parameter that a real batch reaches."""
+    name = {"vqa": "msrvtt-qa", "choice": "msrvtt-mc", "retrieval": "msrvtt", "pretrain": "webvid"}[task]
+    root = world(BENCHMARKS[name].dataset)
+    clips = Clips(load_split(name, root, "val"), root, recipe(words, task, join="bare", answers=["red"]))
+    model = AllInOne(replace(SIZES["toy"], layers=2, vocab=len(words), words=20, answers=1), (*TASKS[task].heads, *heads))
+    b = train.nothing(clips, words.pad)
+    assert counts(b) == {"rows": 0, "masked": 0}
+    loss = sum(value for value, _ in TASKS[task].loss(model, b).values())
+    loss.backward()
+    assert loss == 0 and not any(p.grad is None or p.grad.any() for p in model.parameters())
+
 @pytest.mark.parametrize("task", ["vqa", "choice", "pretrain"])
 def test_accumulation_changes_nothing(task):
     """2 x 4 and 8 x 1 clips give the gradients of 8, with answers, masked words and text lengths spread unequally."""

@@ -67,18 +67,17 @@ def retrieval_loss(model, batch):
     """Contrast; with a matching head also matching: each pair, its text with a hard clip, its clip with a hard text, the
     mean of the three. Hard ones come out of the same micro-batch of the same process: --accum leaves fewer to draw from.
     Source: ALBEF (2107.07651, section 3.2); the released code has no matching loss in retrieval."""
-    real = batch["target"] >= 0                             # see nothing()
-    text, video = (x[real] for x in embeddings(model, batch))
-    losses, words, keep, B = contrast(text, video), batch["words"][real], batch["keep"][real], len(text)
+    (text, video), real = embeddings(model, batch), batch["target"] >= 0        # see nothing()
+    losses, words, keep, B = contrast(text[real], video[real]), batch["words"], batch["keep"], len(text)
     if "matching" in model.heads:
-        clip = batch["index"][real]
-        same = (clip[:, None] == clip) | (words[:, None] == words).all(-1)
+        same = (batch["index"][:, None] == batch["index"]) | (words[:, None] == words).all(-1)
         some, clips, texts = hard_negatives((text @ video.T).detach().float() / TEMPERATURE, same)
         every = torch.arange(B, device=some.device)
         clip_of, text_of = torch.cat([every, clips, some]), torch.cat([every, some, texts])
-        pooled = model.fuse(model.embed_frames(batch["frames"])[real][clip_of], words[text_of], keep[text_of], first=1).pooled
-        target = (torch.arange(len(clip_of), device=some.device) < B).long()
-        losses["matching"] = F.cross_entropy(model.heads["matching"](pooled).float(), target, reduction="sum") / 3, "rows"
+        pooled = model.fuse(model.embed_frames(batch["frames"])[clip_of], words[text_of], keep[text_of], first=1).pooled
+        target = F.pad(torch.where(real, 1, -1), (0, 2 * len(some)))
+        loss = F.cross_entropy(model.heads["matching"](pooled).float(), target, reduction="sum", ignore_index=-1)
+        losses["matching"] = loss / 3, "rows"
     return losses
 
 
@@ -463,7 +462,7 @@ def train(args):
         told = from_all(({name: value.item() for name, value in sums.items()}, bool(stop)))
         sums, stopping = {name: sum(some[name] for some, _ in told) for name in sums}, any(flag for _, flag in told)
         if not math.isfinite(sum(sums.values()) + norm):
-            ids = [examples[i].id for part in from_all([b["index"].tolist() for b in micro]) for some in part for i in some]
+            ids = [examples[i].id for part in from_all([b["index"][b["target"] >= 0].tolist() for b in micro]) for some in part for i in some]
             parts = ", ".join(f"{k} {v:g}" for k, v in sums.items())
             raise UserError(f"step {step}: the loss is {sum(sums.values())} ({parts}; gradient {norm:g}); examples {', '.join(ids)}; "
                             "lower --lr, or look at these clips")
