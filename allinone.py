@@ -39,7 +39,7 @@ class UserError(ValueError):
 
 
 def run_main(script, main):
-    """main(), a UserError being one line and exit code 2; a reader that closes the pipe early (| head) is no mistake."""
+    """main(); a UserError is one line and exit code 2, a reader who closes the pipe early (| head) is no mistake."""
     try:
         main()
         sys.stdout.flush()
@@ -195,15 +195,15 @@ class AllInOne(nn.Module):
             for i in range(config.layers))
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.pool = nn.Linear(D, D)
-        build = {                                           # at the default dropout: 0.5 before answers, 0.1 before choices
+        build = {                                           # default dropout: 0.5 before answers, 0.1 before choices
             "matching": lambda: nn.Linear(D, 2),            # column 1: the text belongs to the clip
             "mlm": lambda: nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12), nn.Linear(D, V)),
-            "answer": lambda: nn.Sequential(nn.Dropout(5 * config.dropout), nn.Linear(D, D // 2), nn.LayerNorm(D // 2), nn.GELU(),
-                                            nn.Linear(D // 2, config.answers)),
+            "answer": lambda: nn.Sequential(nn.Dropout(5 * config.dropout), nn.Linear(D, D // 2), nn.LayerNorm(D // 2),
+                                            nn.GELU(), nn.Linear(D // 2, config.answers)),
             "choice": lambda: nn.Sequential(nn.Dropout(config.dropout), nn.Linear(D, 256), nn.LayerNorm(256), nn.GELU(),
                                             nn.Linear(256, 1)),
             "rank": lambda: nn.Linear(D, 1),                # zero-shot multiple choice: starts as row 1 of matching
-            "contrast": lambda: nn.ModuleDict({"text": nn.Linear(D, config.embed), "video": nn.Linear(D, config.embed)}),
+            "contrast": lambda: nn.ModuleDict({side: nn.Linear(D, config.embed) for side in ("text", "video")}),
             "probe": lambda: nn.Linear(D, config.answers),  # actions, on a frozen backbone
         }
         self.heads = nn.ModuleDict({name: build[name]() for name in HEADS if name in heads})
@@ -696,8 +696,8 @@ def seconds(run, times=1):
 
 
 def figure(L=7, real=5, cell=22, dot=5):
-    """SVG: the tokens of three frames after one roll, coloured by the frame they come from, and the attention mask as the
-    model applies it: each (query, key) where a toy model's attention is not zero."""
+    """SVG: the tokens of three frames after one roll, coloured by the frame they come from, and the attention mask as
+    the model applies it: each (query, key) where a toy model's attention is not zero."""
     config, maps = SIZES["toy"], []
     T, N = config.frames, 1 + config.grid ** 2
     S, side = L + N, T * (L + N) * dot
@@ -708,7 +708,8 @@ def figure(L=7, real=5, cell=22, dot=5):
     at = lambda n: 92 + n * cell + 8 * (n >= L) + 8 * (n > L)                   # x of token n, with gaps around CLS
     parts = [label(24, 34, "The joint sequence", size=17, weight=600),
              label(24, 55, "One per frame: the same words in each, then that frame's CLS and patches.", SOFT)]
-    for n, name in ((0, "words"), (real, "padding"), (L, "CLS"), (L + 1, "patches, coloured by the frame they come from")):
+    for n, name in ((0, "words"), (real, "padding"), (L, "CLS"),
+                    (L + 1, "patches, coloured by the frame they come from")):
         parts.append(label(at(n), 92, name, SOFT, size=12))
     for t in range(T):
         y, colors = 100 + t * (cell + 10), ["#9aa5b1"] * real + [LINE] * (L - real) + [FRAMES[f] for f in came_from[t]]
@@ -724,8 +725,9 @@ def figure(L=7, real=5, cell=22, dot=5):
             ends = [n for n in range(S + 1) if (n < S and seen[n]) != (n > 0 and seen[n - 1])]
             parts += [box(92 + (t * S + a) * dot, top + (t * S + q) * dot, (b - a) * dot, dot, FRAMES[t])
                       for a, b in zip(ends[::2], ends[1::2])]
-    told = ("Attention stays inside a frame:", "three blocks, one per frame.", "", "Pale stripes: padding words are",
-            "looked at by nobody.", "", "All that a frame hears of the", "others came with the tokens", "that rolled in.")
+    told = ("Attention stays inside a frame:", "three blocks, one per frame.", "",
+            "Pale stripes: padding words are", "looked at by nobody.", "",
+            "All that a frame hears of the", "others came with the tokens", "that rolled in.")
     parts += [label(92 + side + 24, top + 16 + 19 * i, line) for i, line in enumerate(told)]
     return svg(720, top + side + 24, *parts)
 
@@ -742,7 +744,7 @@ def main():
         return args.svg.write_text(figure())
     if args.bench:
         return bench_gpu(args.size) if torch.cuda.is_available() else bench(args.size, args.clips)
-    print(f"{'size':6s} {'D':>4s} {'layers':>6s} {'H':>3s} {'R':>4s} {'P':>3s} {'parameters':>11s} {'GMAC':>7s} {'forward':>10s}")
+    print("size      D layers   H    R   P  parameters    GMAC    forward")
     for name, config in SIZES.items():
         model = AllInOne(config, ("matching",)).eval()
         frames = torch.zeros(1, config.frames, 3, config.image, config.image, dtype=torch.uint8)
@@ -751,7 +753,8 @@ def main():
             for _ in range(4):                              # the first warms up and is not counted
                 times.append(seconds(lambda: model(frames, words)))
         print(f"{name:6s} {config.width:4d} {config.layers:6d} {config.heads:3d} {config.image:4d} {config.patch:3d} "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:9.2f} M {gmacs(config):7.2f} {min(times[1:]) * 1e3:7.1f} ms")
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:9.2f} M {gmacs(config):7.2f} "
+              f"{min(times[1:]) * 1e3:7.1f} ms")
     print(f"one clip of 3 frames with 40 words, float32, {torch.get_num_threads()} CPU threads; no MLM head")
 
 

@@ -111,7 +111,7 @@ def read_frames(path, pick, size=None, place=(0.5, 0.5), zoom=1.2, flip=False):
 
 
 def opens(path):
-    """Does the file begin like a video or picture, or is there a picture in the folder? Reads a header, decodes nothing."""
+    """Does the file begin like a video or picture, or has the folder a picture? Reads a header, decodes nothing."""
     if os.path.isdir(path):
         return any(name.lower().endswith(PICTURES) for name in os.listdir(path))
     with suppress(VideoError), closing(_demux(path)) as packets:
@@ -336,7 +336,7 @@ class Example:
     answer: str | int | None = None  # words (open-ended) | 0-based index (options, classes) | None where hidden
     options: tuple = ()              # the A choices
     captions: tuple = ()             # retrieval and pre-training: the caption(s), or ONE joined paragraph
-    kind: str = ""                   # question type for break-downs: its first two words, FrameQA's type, "Q->A" or "QA->R"
+    kind: str = ""                   # for break-downs: a question's first two words, FrameQA's type, "Q->A" or "QA->R"
     seconds: tuple | None = None     # (start, end) part of the clip to sample from; None: all of it
     frames: tuple | None = None      # (first, last) 0-based inclusive frame numbers to sample from; the sampler clamps
     boxes: tuple = ()                # VCR: (x1, y1, x2, y2) as fractions of width and height, by the objects' numbers
@@ -1044,7 +1044,7 @@ class Words:
 
     @classmethod
     def load(cls, source):
-        """source: a tokenizer.json, a vocab.txt, or a hub name such as bert-base-uncased (the only case that downloads)."""
+        """source: a tokenizer.json, a vocab.txt, or a hub name such as bert-base-uncased, which is downloaded."""
         try:
             if source.endswith(".txt"):
                 tokenizer = wordpiece(tokenizers.models.WordPiece.from_file(source, unk_token="[UNK]"))
@@ -1091,8 +1091,8 @@ class Words:
         return out
 
     def masked(self, text, L, rng):
-        """Whole-word masking for MLM: (ids, labels); 15 % of the words, at least one; of their tokens 80 % become [MASK],
-        10 % a random token, 10 % stay. Labels are -100 elsewhere."""
+        """Whole-word masking for MLM: (ids, labels); 15 % of the words, at least one; of their tokens 80 % become
+        [MASK], 10 % a random token, 10 % stay. Labels are -100 elsewhere."""
         code = self.tokenizer.encode(text, add_special_tokens=False)
         ids, word_of = code.ids[:L - 2], code.word_ids[:L - 2]
         count = len(set(word_of))
@@ -1132,8 +1132,8 @@ class Recipe:
 
 
 class Clips(torch.utils.data.Dataset):
-    """Examples, decoded one at a time. Items are asked for as (epoch, index): everything random depends on (seed, epoch,
-    index) alone, whatever the number of workers. epoch None is evaluation, without anything random.
+    """Examples, decoded one at a time, asked for as (epoch, index): everything random depends on (seed, epoch, index)
+    alone, whatever the number of workers. epoch None is evaluation, without anything random.
     A clip that cannot be read comes back as {"index", "error"}: the caller decides, nothing is replaced."""
 
     def __init__(self, examples, root, recipe, seed=0):
@@ -1147,7 +1147,8 @@ class Clips(torch.utils.data.Dataset):
         example, recipe = self.examples[index], self.recipe
         train = epoch is not None
         rng = np.random.default_rng((self.seed, epoch if train else 0, index))
-        pick = partial(pick_frames, example=example, T=recipe.T, views=1 if train else recipe.views, rng=rng if train else None)
+        pick = partial(pick_frames, example=example, T=recipe.T,
+                       views=1 if train else recipe.views, rng=rng if train else None)
         place = tuple(rng.random(2)) if train else (0.5, 0.5)
         flip = bool(train and recipe.flip and rng.random() < 0.5)
         try:
@@ -1188,8 +1189,8 @@ class Clips(torch.utils.data.Dataset):
 
 
 class Mixed(torch.utils.data.Dataset):
-    """Several Clips as one, items still asked for as (epoch, index). Each keeps its own number of frames, so batches must
-    not cross parts: `groups` lists the indices of each."""
+    """Several Clips as one, items still asked for as (epoch, index). Each keeps its own number of frames, so batches
+    must not cross parts: `groups` lists the indices of each."""
 
     def __init__(self, parts):
         self.parts = parts
@@ -1206,9 +1207,9 @@ class Mixed(torch.utils.data.Dataset):
 
 
 class Order(torch.utils.data.Sampler):
-    """Endless micro-batches of (epoch, index) for one process: a pure function of its arguments, so that any step can be
-    reached again. Every global batch is cut into accum x world equal pieces, so that the processes' n-th micro-batches are
-    one process's n-th; an epoch's last, short batch is left out."""
+    """Endless micro-batches of (epoch, index) for one process: a pure function of its arguments, so that any step can
+    be reached again. Every global batch is cut into accum x world equal pieces; the n-th ones of all processes make up
+    the n-th of a process alone. An epoch's last, short batch is left out."""
 
     def __init__(self, groups, batch, accum, seed, start=0, rank=0, world=1):
         self.groups, self.batch, self.accum, self.seed = groups, batch, accum, seed
@@ -1233,7 +1234,8 @@ def pick_frames(times, example, T, views, rng):
     evenly spaced ones, so view after view follows in the result."""
     first, last = 0, len(times) - 1
     if example.seconds is not None:
-        first, last = np.searchsorted(times, example.seconds[0]), np.searchsorted(times, example.seconds[1], "right") - 1
+        begin, end = example.seconds
+        first, last = np.searchsorted(times, begin), np.searchsorted(times, end, "right") - 1
     elif example.frames is not None:
         first, last = example.frames
     last = int(np.clip(last, 0, len(times) - 1))
@@ -1292,12 +1294,13 @@ def collate(items, pad):
 
 
 def loader(clips, batches, workers, pad):
-    """Batches out of worker processes; `batches` yields lists of (epoch, index). Workers are nice: on few cores they take
-    what the model's threads leave, and up to 4 batches each are ready ahead."""
+    """Batches out of worker processes; `batches` yields lists of (epoch, index). Workers are nice: on few cores they
+    take what the model's threads leave, and up to 4 batches each are ready ahead."""
     return torch.utils.data.DataLoader(
-        clips, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, pad=pad), persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None, worker_init_fn=be_nice, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator())                        # of its own: else it draws from the model's, and resume differs
+        clips, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, pad=pad),
+        persistent_workers=workers > 0, prefetch_factor=4 if workers else None, worker_init_fn=be_nice,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator())                        # its own: else it draws on the model's, and resume differs
 
 
 def be_nice(worker):
@@ -1315,7 +1318,7 @@ def obey_parent_alone():
 
 
 def answer_list(examples, size=None):
-    """The closed answer list: the `size` most frequent answers of the training questions, ties in alphabetical order."""
+    """The closed answer list: the `size` most frequent answers of the training questions, ties alphabetically."""
     counts = Counter(e.answer for e in examples)
     return sorted(counts, key=lambda answer: (-counts[answer], answer))[:size]
 
@@ -1417,7 +1420,8 @@ def bench(paths, R=224, rounds=5):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="videos, gifs, pictures, folders of pictures")
-    parser.add_argument("--bench", action="store_true", help="time the sampler beside decoding everything and other libraries")
+    parser.add_argument("--bench", action="store_true",
+                        help="time the sampler beside decoding everything and other libraries")
     args = parser.parse_args()
     if args.bench:
         return bench(args.files)
@@ -1429,8 +1433,8 @@ def main():
             print(error)
             continue
         times, picked = seen[0], frame_indices(len(seen[0]), 3, "eval")
-        print(f"{path}: {len(times)} frames of {frames.shape[3]} x {frames.shape[2]}, {times[-1]:.2f} s from the first to the "
-              f"last; evaluation looks at frames {picked}, {', '.join(f'{times[i]:.2f}' for i in picked)} s")
+        print(f"{path}: {len(times)} frames of {frames.shape[3]} x {frames.shape[2]}, {times[-1]:.2f} s from the first "
+              f"to the last; evaluation looks at frames {picked}, {', '.join(f'{times[i]:.2f}' for i in picked)} s")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def joint_accuracy(records):
 # ---- the model on one batch -----------------------------------------------------------------------------------------
 
 NEEDS = {"vqa": ("answer",), "action": ("probe",), "retrieval": ("contrast",), "pretrain": ("mlm",),
-         "choice": ("choice", "rank", "matching"), "vcr": ("choice", "rank", "matching")}   # heads that will do, the best first
+         "choice": ("choice", "rank", "matching"), "vcr": ("choice", "rank", "matching")}   # any will do, best first
 
 
 def scores(model, task, batch):
@@ -146,7 +146,7 @@ def run_split(model, clips, step, batch=64, workers=0, amp=False):
             if "frames" in b:
                 out = {k: v.float().cpu() for k, v in step(model, to_device(b, device)).items()}
                 for j, index in enumerate(b["index"].tolist()):
-                    rows[index] = {k: v[j].clone() for k, v in out.items()}     # a view would be sent with its whole batch
+                    rows[index] = {k: v[j].clone() for k, v in out.items()}     # a view would send its whole batch
     model.train(training)
     for more, causes in from_all((rows, errors)):
         rows, errors = rows | more, errors | causes
@@ -179,7 +179,8 @@ def finish_answers(judge, clips, rows):
         labels = example.options or names
         truth = labels[example.answer] if isinstance(example.answer, int) else example.answer
         record = {"id": example.id, "kind": example.kind, "prediction": None, "truth": truth, "score": 0.0,
-                  "correct": False, "known": bool(example.options) or truth in recipe.answers, "options": len(example.options), "top": []}
+                  "correct": False, "known": bool(example.options) or truth in recipe.answers,
+                  "options": len(example.options), "top": []}
         if row is not None:
             share, best = row["logits"].softmax(0).topk(min(5, len(labels)))
             top = [(labels[i], round(p, 6)) for i, p in zip(best.tolist(), share.tolist())]
@@ -203,7 +204,7 @@ def retrieval_step(model, batch):
 
 
 def match_odds(model, clips, texts, videos, wanted, batch=64, **how):
-    """The matching head's log odds (Q, C) that text q, that of example texts[q], belongs to the clip of example videos[c],
+    """The matching head's log odds (Q, C) that the text of example texts[q] belongs to the clip of example videos[c],
     where wanted (Q, C); NaN elsewhere. Each clip is decoded and embedded once, `batch` clips, then pairs, at a time."""
     tokens = [torch.tensor(clips.texts(clips.examples[i], None)["words"][0]) for i in texts]
     words = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
@@ -233,9 +234,10 @@ def highest(scores, K):
 
 
 def reranked(scores, odds, K):
-    """Scores (Q, C) whose K highest in each row are ordered by `odds` among themselves. The others stay, and stay below."""
+    """Scores (Q, C), the K highest of each row ordered by `odds` among themselves. The others stay, and stay below."""
     top = highest(scores, K)
-    return np.where(top, scores.max(1, keepdims=True) + 1 + odds - np.where(top, odds, math.inf).min(1, keepdims=True), scores)
+    least = np.where(top, odds, math.inf).min(1, keepdims=True)
+    return np.where(top, scores.max(1, keepdims=True) + 1 + odds - least, scores)
 
 
 def finish_retrieval(judge, clips, rows):
@@ -256,7 +258,7 @@ def finish_retrieval(judge, clips, rows):
     def measure(by_text, by_clip):
         rank = np.full(len(rows), math.inf)                 # a missing clip is never found
         rank[found] = ranks(by_text, target)
-        back = np.full(len({e.media for e in clips.examples}), math.inf)        # video to text: the best of its own texts
+        back = np.full(len({e.media for e in clips.examples}), math.inf)        # video to text: the best of its texts
         np.minimum.at(back, target, ranks(by_clip[target], np.arange(len(found))))
         return rank, {**{f"text to video {k}": v for k, v in recall_metrics(rank).items()},
                       **{f"video to text {k}": v for k, v in recall_metrics(back).items()}}
@@ -274,7 +276,8 @@ def finish_retrieval(judge, clips, rows):
     for i, example in enumerate(clips.examples):
         top = [(media[j], round(float(sims[line[i], j]), 6)) for j in order[line[i]]] if i in line else []
         records.append({"id": example.id, "kind": example.kind, "prediction": top[0][0] if top else None,
-                        "truth": example.media, "score": float(rank[i]), "correct": bool(rank[i] <= 1), "rank": float(rank[i]), "top": top})
+                        "truth": example.media, "score": float(rank[i]), "correct": bool(rank[i] <= 1),
+                        "rank": float(rank[i]), "top": top})
     return metrics, records
 
 
@@ -290,12 +293,13 @@ def pretrain_step(model, batch):
 def finish_pretrain(judge, clips, rows):
     """Clips that cannot be read are matched wrongly; their masked words are unknown and not counted."""
     total = {k: sum(row[k].item() for row in rows if row is not None) for k in ("match", "right", "masked")}
-    metrics = {"matching accuracy": total["match"] / max(1, len(rows)), "MLM accuracy": total["right"] / max(1, total["masked"])}
+    metrics = {"matching accuracy": total["match"] / max(1, len(rows)),
+               "MLM accuracy": total["right"] / max(1, total["masked"])}
     return {"matching + MLM accuracy": sum(metrics.values()) / 2, **metrics}, []
 
 
-STEPS = {"vqa": answer_step("vqa"), "action": answer_step("action"), "choice": answer_step("choice"), "vcr": answer_step("vcr"),
-         "retrieval": retrieval_step, "pretrain": pretrain_step}
+STEPS = {"vqa": answer_step("vqa"), "action": answer_step("action"), "choice": answer_step("choice"),
+         "vcr": answer_step("vcr"), "retrieval": retrieval_step, "pretrain": pretrain_step}
 FINISH = {"vqa": finish_answers, "action": finish_answers, "choice": finish_answers, "vcr": finish_answers,
           "retrieval": finish_retrieval, "pretrain": finish_pretrain}
 
@@ -303,8 +307,8 @@ FINISH = {"vqa": finish_answers, "action": finish_answers, "choice": finish_answ
 # ---- what is printed ------------------------------------------------------------------------------------------------
 
 def survey(parts, roots, allow_missing=False, sample=200):
-    """One line on a split: rows, clips listed, found, missing and unreadable. To open all would take too long: of the found
-    ones every so manieth is opened, `sample` at most; training and evaluation count what else they meet.
+    """One line on a split: rows, clips listed, found, missing and unreadable. To open all would take too long: of those
+    found `sample` at most, evenly spaced, are opened; training and evaluation count what else they meet.
     Raises UserError where more than 1 % are missing, or of those opened more than 1 % unreadable."""
     listed = sorted({(root, e.media) for part, root in zip(parts, roots) for e in part})
     found, missing = [], []
@@ -321,9 +325,9 @@ def survey(parts, roots, allow_missing=False, sample=200):
                             "mend this, or pass --allow-missing to go on without them")
     rows = [e for part in parts for e in part]
     majority = Counter(e.answer for e in rows if isinstance(e.answer, str)).most_common(1)
-    return f"{len(rows)} rows; clips: {len(listed)} listed, {len(found)} found, {len(missing)} missing, {len(unreadable)} unreadable" \
-        + f" (of {len(opened)} opened)" * (len(opened) < len(found)) \
-        + "".join(f"; majority answer {answer!r} {n / len(rows):.1%}" for answer, n in majority)
+    return (f"{len(rows)} rows; clips: {len(listed)} listed, {len(found)} found, {len(missing)} missing, "
+            f"{len(unreadable)} unreadable" + f" (of {len(opened)} opened)" * (len(opened) < len(found))
+            + "".join(f"; majority answer {answer!r} {n / len(rows):.1%}" for answer, n in majority))
 
 
 def coverage(examples, answers):
@@ -341,11 +345,14 @@ def by_kind(records, train, root):
         return {}
     if "rank" in records[0]:
         chance = 1 / len({r["truth"] for r in records})
-        return {"all": {"questions": len(records), "accuracy": accuracy(records), "chance": chance, "majority": None, "order-blind": None}}
+        return {"all": {"questions": len(records), "accuracy": accuracy(records), "chance": chance,
+                        "majority": None, "order-blind": None}}
     path = Path(root) / "order_blind.json"
-    blind, rows, answers = json.loads(path.read_text()) if path.exists() else {}, defaultdict(list), defaultdict(Counter)
+    blind = json.loads(path.read_text()) if path.exists() else {}
+    rows, answers = defaultdict(list), defaultdict(Counter)
     for e in train:
-        answers[e.kind][e.options[e.answer] if e.options else f"class {e.answer}" if isinstance(e.answer, int) else e.answer] += 1
+        answer = e.options[e.answer] if e.options else f"class {e.answer}" if isinstance(e.answer, int) else e.answer
+        answers[e.kind][answer] += 1
     for r in records:
         rows[r["kind"]].append(r)
     table = {}
@@ -369,20 +376,22 @@ def report(metrics, table, split="test", most=9):
     lines = [f"{split}: " + ", ".join(figure(k, v) for k, v in metrics.items())]
     if not table or table["all"]["majority"] is None:
         return lines
-    lines.append(f"{'kind':16s} {'questions':>9s} {'accuracy':>9s} {'chance':>7s} {'majority':>9s} {'order-blind':>12s}")
+    lines.append("kind             questions  accuracy  chance  majority  order-blind")
     for kind in [*sorted([*table][:-1][:most]), "all"]:
         row = table[kind]
         ceiling = "-" if row["order-blind"] is None else f"{row['order-blind']:.1%}"
-        lines.append(f"{kind:16s} {row['questions']:9d} {row['accuracy']:9.1%} {row['chance']:7.1%} {row['majority']:9.1%} {ceiling:>12s}")
+        lines.append(f"{kind:16s} {row['questions']:9d} {row['accuracy']:9.1%} {row['chance']:7.1%} "
+                     f"{row['majority']:9.1%} {ceiling:>12s}")
     return lines
 
 
 def benchmark_table():
     """The lines of --list."""
-    lines = [f"{'benchmark':16s} {'dataset':12s} {'task':10s} {'metric':22s} {'rows train / val / test':>25s} {'chance':>7s}  published"]
+    lines = [f"{'benchmark':16s} {'dataset':12s} {'task':10s} {'metric':22s} {'rows train / val / test':>25s} "
+             f"{'chance':>7s}  published"]
     for name, b in BENCHMARKS.items():
-        rows = " / ".join("held out" if split not in b.splits and split == "val" else f"{b.rows[split]:,}" if b.rows.get(split) else "-"
-                          for split in ("train", "val", "test"))
+        rows = " / ".join("held out" if split not in b.splits and split == "val" else
+                          f"{b.rows[split]:,}" if b.rows.get(split) else "-" for split in ("train", "val", "test"))
         lines.append(f"{name:16s} {b.dataset:12s} {b.task:10s} {b.metric:22s} {rows:>25s} "
                      f"{f'{b.chance:.1%}' if b.chance else '-':>7s}  {b.paper or '-'}")
     return lines
@@ -420,7 +429,8 @@ def load_model(path, device="cpu", **changes):
     """A trained model out of a checkpoint -> (model, meta, words). It carries all that is needed: no flags."""
     source, tensors, meta = read_weights(path)
     if source != "ours" or "task" not in meta:
-        raise UserError(f"{path} is no checkpoint of train.py but {source}; fine-tune it first: train.py --task ... --init {path}")
+        raise UserError(f"{path} is no checkpoint of train.py but {source}; "
+                        f"fine-tune it first: train.py --task ... --init {path}")
     model = AllInOne(replace(Config(**meta["config"]), **changes), meta["heads"])
     model.load_state_dict(tensors)
     return model.eval().to(device), meta, Words.from_json(meta["tokenizer"])
@@ -554,26 +564,30 @@ def ticks(top):
 
 
 def panel(y, title, unit, series, levels, end, height=170, width=440, left=70):
-    """Curves {name: [(step, value)]} over dotted levels {name: (value, color)}, from step 0 to end, axes and a legend."""
+    """Curves {name: [(step, value)]}, dotted levels {name: (value, color)}, from step 0 to end, axes and a legend."""
     marks = ticks(max([v for points in series.values() for _, v in points] + [v for v, _ in levels.values()] + [1e-9]))
     px, py = lambda step: left + width * step / end, lambda value: y + height * (1 - value / marks[-1])
     parts, names = [label(left, y - 14, title, weight=600)], {}
     for value in marks:
-        parts += [box(left, py(value), width, 1, LINE), label(left - 8, py(value) + 4, f"{value:g}{unit}", SOFT, "end", 12)]
+        parts += [box(left, py(value), width, 1, LINE),
+                  label(left - 8, py(value) + 4, f"{value:g}{unit}", SOFT, "end", 12)]
     for step in ticks(end):
         if step <= end:
             parts.append(label(px(step), y + height + 18, f"{step:g}", SOFT, "middle", 12))
     for color, (name, points) in zip(FRAMES, series.items()):
         line = " ".join(f"{px(step):.1f},{py(value):.1f}" for step, value in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{px(s):.1f}" cy="{py(v):.1f}" r="3" fill="{color}"/>' for s, v in points if len(points) < 20]
+        if len(points) < 20:
+            parts += [f'<circle cx="{px(s):.1f}" cy="{py(v):.1f}" r="3" fill="{color}"/>' for s, v in points]
         names[name] = color, ""
     for name, (value, color) in levels.items():
-        parts.append(f'<path d="M{left} {py(value):.1f}h{width}" stroke="{color}" stroke-width="1.5" stroke-dasharray="2 4"/>')
-        names[f"{name} {value:.3g}{unit}"] = color, ' stroke-dasharray="2 4"'
+        dash = ' stroke-dasharray="2 4"'
+        parts.append(f'<path d="M{left} {py(value):.1f}h{width}" stroke="{color}" stroke-width="1.5"{dash}/>')
+        names[f"{name} {value:.3g}{unit}"] = color, dash
     for i, (name, (color, dash)) in enumerate(names.items()):
         at = left + width + 20, y + 8 + 20 * i
-        parts += [f'<path d="M{at[0]} {at[1]}h20" stroke="{color}" stroke-width="2"{dash}/>', label(at[0] + 27, at[1] + 4, name)]
+        parts += [f'<path d="M{at[0]} {at[1]}h20" stroke="{color}" stroke-width="2"{dash}/>',
+                  label(at[0] + 27, at[1] + 4, name)]
     return parts
 
 
@@ -588,23 +602,25 @@ def curves(folder):
     if not train:
         raise UserError(f"{folder}/metrics.jsonl has no line yet; let train.py run on")
     losses = {name: [(line["step"], line[name]) for line in train] for name in choices if name in train[0]}
-    guess = {f"{name}, a guess": (math.log(choices[name]), color) for name, color in zip(losses, FRAMES) if choices[name]}
+    guess = {f"{name}, a guess": (math.log(choices[name]), color)
+             for name, color in zip(losses, FRAMES) if choices[name]}
     shares = {}
     for name in val[0]["val"] if val else ():
         points = [(line["step"], 100 * line["val"][name]) for line in val]
         if max(v for _, v in points) <= 100 and points not in shares.values() and len(shares) < 3:
             shares[name] = points
-    levels = {f"{name}, test": (100 * kinds[name], color) for name, color in (("chance", SOFT), ("order-blind", "#b93a20"))
-              if kinds.get(name)}
+    levels = {f"{name}, test": (100 * kinds[name], color)
+              for name, color in (("chance", SOFT), ("order-blind", "#b93a20")) if kinds.get(name)}
     end = log[-1]["step"]
     return svg(800, 560, label(24, 34, Path(folder).resolve().name, size=17, weight=600),
-               *panel(86, "Training loss (nats)", "", losses, guess, end), *(panel(326, "Validation", " %", shares, levels, end) if shares else ()),
+               *panel(86, "Training loss (nats)", "", losses, guess, end),
+               *(panel(326, "Validation", " %", shares, levels, end) if shares else ()),
                label(290, 538, "optimiser step", SOFT, "middle", 12))
 
 
 def compare(folders):
-    """A Markdown table of the test figures of runs, mean and standard deviation over seeds: a row for each group of runs
-    that differ in nothing else, with only the settings that vary; below, chance and the order-blind ceiling."""
+    """A Markdown table of the test figures of runs, mean and standard deviation over seeds: a row for each group of
+    runs that differ in nothing else, with only the settings that vary; below, chance and the order-blind ceiling."""
     groups, lines = {}, []
     for folder in sorted(map(str, folders)):
         config, _, test = read_run(folder)
@@ -612,7 +628,7 @@ def compare(folders):
             lines.append(f"{folder} has no test.json yet and is left out")
             continue
         seed = config.pop("seed")
-        config["init"] = config["init"] and re.sub(rf"\bs{seed}\b", "sSEED", config["init"])     # from a run of its seed
+        config["init"] = config["init"] and re.sub(rf"\bs{seed}\b", "sSEED", config["init"])     # the run of its seed
         seeds = groups.setdefault(json.dumps(config, sort_keys=True), {})
         if seed in seeds:
             raise UserError(f"{folder}: another run of the same settings has seed {seed} too; leave one of them out")
@@ -862,8 +878,8 @@ if (data.kinds.length > 1) {
     kinds.append(make("span", "", row.kind), bar(row.accuracy, row), make("b", "", percent(row.accuracy)),
                  make("small", "", "of " + row.questions))
   document.body.append(make("h2", "", "Accuracy by kind"), kinds,
-    make("p", "soft", "Across the end of a bar: its 95 % interval (Wilson; questions about one clip are not independent, " +
-      "so it is a little too narrow). Dotted: chance." + (data.kinds[0]["order-blind"] == null ? "" :
+    make("p", "soft", "Across the end of a bar: its 95 % interval (Wilson; questions about one clip are not " +
+      "independent, so it is a little too narrow). Dotted: chance." + (data.kinds[0]["order-blind"] == null ? "" :
       " Red: the most that a model blind to the order of frames can reach.")))
 }
 
@@ -962,8 +978,8 @@ if (data.items.length) {
     make("h2", "", data.retrieval ? "Texts and the clips found for them" : "Clips as the model saw them"),
     make("p", "soft", `${data.items.length} of ${data.total}, spread evenly over kinds, right and wrong: ` +
       "not a fair sample. " + (data.retrieval ? "Above: the right clip. Below: the five nearest, by cosine." :
-      "Click a word: the more orange a patch, the more the word looks at it (mean of the heads; full orange: its most " +
-      "in that layer). A rolled token is drawn where it comes from." + (data.forward.length ?
+      "Click a word: the more orange a patch, the more the word looks at it (mean of the heads; full orange: its " +
+      "most in that layer). A rolled token is drawn where it comes from." + (data.forward.length ?
       " Before each layer, tokens marked ▸ go on to the next frame, ◂ to the one before." : ""))),
     tools, cards)
   cards.classList.toggle("small", data.pictures[0].startsWith("data:image/png"))      // small enough to show the pixels
@@ -984,9 +1000,11 @@ def arguments():
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     data, own = parser.add_argument_group("evaluate a benchmark"), parser.add_argument_group("your own video")
     runs = parser.add_argument_group("about benchmarks and runs, without a checkpoint")
-    data.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME", help="out of --list (default: the checkpoint's)")
+    data.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME",
+                      help="out of --list (default: the checkpoint's)")
     data.add_argument("--data", help="folder of the dataset, or a .jsonl (default: that of the checkpoint)")
-    data.add_argument("--report", metavar="HTML", help="write one page: the figures; clips with what the model saw and said")
+    data.add_argument("--report", metavar="HTML",
+                      help="write one page: the figures; clips with what the model saw and said")
     data.add_argument("--predictions", metavar="JSONL", help="write a line per test item: id, prediction, truth, score")
     data.add_argument("--views", type=int, help="sets of frames a clip, scores averaged (default: as trained)")
     data.add_argument("--rerank", type=int, metavar="K",
@@ -999,12 +1017,14 @@ def arguments():
     own.add_argument("--video", metavar="FILE", help="whatever PyAV opens, or a folder of pictures")
     own.add_argument("--ask", metavar="TEXT", default="", help="a question about it")
     own.add_argument("--options", metavar="TEXT", nargs="+", default=(), help="answers to choose from")
-    own.add_argument("--caption", metavar="TEXT", nargs="+", default=(), help="sentences: how probably is each about it?")
+    own.add_argument("--caption", metavar="TEXT", nargs="+", default=(),
+                     help="sentences: how probably is each about it?")
     own.add_argument("--search", metavar="TEXT", help="name the ten clips of --videos that are nearest to a text")
     own.add_argument("--videos", metavar="FOLDER", help="clips, also in folders below; embeddings are kept beside it")
     runs.add_argument("--list", action="store_true", help="print the benchmarks")
     runs.add_argument("--plot", metavar="RUN", nargs="+", default=(), help="write RUN/curves.svg: loss and validation")
-    runs.add_argument("--compare", metavar="RUN", nargs="+", help="print a table of test figures, mean and std over seeds")
+    runs.add_argument("--compare", metavar="RUN", nargs="+",
+                      help="print a table of test figures, mean and std over seeds")
     return parser.parse_args()
 
 
@@ -1028,8 +1048,10 @@ def run(args):
         if not (args.search and args.videos):
             raise UserError('--search "text" and --videos FOLDER belong together')
         return print("\n".join(search(model, meta, words, args.videos, args.search, args.checkpoint)))
-    if bool(args.video) != bool(args.ask or args.options or args.caption) or args.caption and (args.ask or args.options):
-        raise UserError('--video FILE goes with --ask "question", with --options a b c, with both, or with --caption "text"')
+    question = args.ask or args.options
+    if bool(args.video) != bool(question or args.caption) or question and args.caption:
+        raise UserError('--video FILE goes with --ask "question", with --options a b c, with both, '
+                        'or with --caption "text"')
     if args.video:
         return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options, args.caption)))
     trained = dict(zip(meta["benchmarks"], meta["data"]))
@@ -1038,7 +1060,8 @@ def run(args):
     if args.report and len(names) > 1:
         raise UserError(f"--report is about one benchmark; choose with --benchmark out of {','.join(names)}")
     if len(roots) != len(names):
-        raise UserError(f"--data names {len(roots)} folders for the benchmarks {','.join(names)}; give one each, or --benchmark")
+        raise UserError(f"--data names {len(roots)} folders for the benchmarks {','.join(names)}; "
+                        "give one each, or --benchmark")
     if not args.data and str(beside) == "data/toy":
         from toy import write_world
         write_world(beside, [BENCHMARKS[name].dataset for name in names])
@@ -1049,17 +1072,20 @@ def run(args):
                  if bench.task == "retrieval" and K and "matching" not in model.heads else "the classes"
                  if head == "probe" and name not in trained else None)
         if lacks:
-            raise UserError(f"{name} needs {lacks} that {args.checkpoint}, trained for {','.join(trained)}, has not; fine-tune: "
-                            f"python train.py --task {bench.task} --benchmark {name} --init {args.checkpoint}")
+            raise UserError(f"{name} needs {lacks} that {args.checkpoint}, trained for {','.join(trained)}, has not; "
+                            f"fine-tune: python train.py --task {bench.task} --benchmark {name} "
+                            f"--init {args.checkpoint}")
         split = "test" if has_split(name, root, "test") else "val"
         rows = load_split(name, root, split)
         train = load_split(name, root, "train") if bench.task in ("vqa", "action") else []
         recipe = Recipe(bench.task, words, bench.join, 1 if bench.still else model.config.frames, model.config.image,
-                        model.config.words, {a: i for i, a in enumerate(meta["answers"])}, views=args.views or meta["views"], rerank=K)
+                        model.config.words, {a: i for i, a in enumerate(meta["answers"])},
+                        views=args.views or meta["views"], rerank=K)
         print(f"{name} {split}: {survey([rows], [root], args.allow_missing)}"
               + ("; zero-shot, by the matching head" if bench.task in ("choice", "vcr") and head != "choice" else ""))
         clips = Clips(rows, root, recipe)
-        metrics, records = evaluate(model, clips, args.allow_missing, batch=args.batch, workers=args.workers, amp=args.amp)
+        metrics, records = evaluate(model, clips, args.allow_missing,
+                                    batch=args.batch, workers=args.workers, amp=args.amp)
         table = by_kind(records, train, root)
         print("\n".join(report(metrics, table, split)))
         if args.report:

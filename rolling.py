@@ -15,7 +15,7 @@ import torch
 # ---- which tokens roll ----------------------------------------------------------------------------------------------
 
 def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
-    """Choose the token slots that roll, for frames of rows x cols patches (slot 0 is CLS, slot 1 + r * cols + c a patch).
+    """Choose the slots that roll, in frames of rows x cols patches (slot 0 is CLS, slot 1 + r * cols + c a patch).
 
     fraction   share of the tokens that move, half of it each way: 0, or 2 / (an even whole number)
     layout     "spread": a lattice over the picture · "block": the first and the last slots · "none": nobody moves
@@ -74,8 +74,8 @@ def roll_loop(x, forward, backward):
 
 
 def roll_index(B, T, N, forward, backward):
-    """Flat rows of (B T N, D) for one roll: (index, inverse), int64 (B T N,); out[i] = x[index[i]], and inverse undoes it.
-    Built once per forward pass and shared by all blocks. Rolling the other way swaps the groups: that is the inverse."""
+    """Rows of flat (B T N, D) for one roll: (index, inverse), int64 (B T N,); out[i] = x[index[i]], inverse undoes it.
+    Built once per forward pass and shared by all blocks. Rolling the other way swaps the groups: the inverse."""
     frame, slot = torch.arange(T, device=forward.device), torch.arange(N, device=forward.device)
     clip = torch.arange(B, device=forward.device)[:, None, None] * T * N
 
@@ -110,7 +110,8 @@ def check_groups(x, forward, backward):
     if len(set(slots)) != len(slots):
         raise ValueError(f"groups {forward.tolist()} and {backward.tolist()} overlap or repeat a slot")
     if slots and not 1 <= min(slots) <= max(slots) < x.shape[2]:
-        raise ValueError(f"groups reach from slot {min(slots)} to {max(slots)}; allowed are 1 to N - 1 = {x.shape[2] - 1}")
+        raise ValueError(f"groups reach from slot {min(slots)} to {max(slots)}; "
+                         f"allowed are 1 to N - 1 = {x.shape[2] - 1}")
 
 
 # ---- python rolling.py ----------------------------------------------------------------------------------------------
@@ -131,8 +132,8 @@ INK, SOFT, LINE = "#24292f", "#667079", "#dfe3e8"
 def svg(width, height, *parts):
     """An SVG picture, on a white ground of its own: legible on any page."""
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-                      f'font-family="system-ui, sans-serif" font-size="13" fill="{INK}">', box(0, 0, width, height, "#fff", 10),
-                      *parts, "</svg>\n"])
+                      f'font-family="system-ui, sans-serif" font-size="13" fill="{INK}">',
+                      box(0, 0, width, height, "#fff", 10), *parts, "</svg>\n"])
 
 
 def box(x, y, width, height, fill, round=0):
@@ -145,20 +146,21 @@ def label(x, y, words, fill=INK, anchor="start", size=13, weight=400):
 
 
 def figure(T=3, side=14, cell=12):
-    """SVG: T frames of side x side patches before and after one roll, coloured by the frame that each token comes from."""
+    """SVG: T frames of side x side patches before and after one roll, coloured by the frame each token comes from."""
     before = torch.arange(T).view(1, T, 1, 1).expand(1, T, 1 + side * side, 1)
     after, step = roll_tokens(before, *roll_groups(side, side)), side * cell + 26
-    parts = [label(24, 34, "Token rolling", size=17, weight=600), label(24, 55, "Before every block, an eighth of each frame's "
-             "tokens moves on by a frame, an eighth back by one.", SOFT)]
+    parts = [label(24, 34, "Token rolling", size=17, weight=600),
+             label(24, 55, "Before every block, an eighth of each frame's tokens moves on by a frame, "
+                           "an eighth back by one.", SOFT)]
     for row, (title, x) in enumerate({"before": before, "after": after}.items()):
         y = 92 + row * (side * cell + 40)
         parts.append(label(24, y + side * cell / 2 + 4, title, weight=600))
         for t in range(T):
             parts.append(label(94 + t * step, y - 8, f"frame {t}", SOFT))
             for f in range(T):
-                squares = (f"M{94 + t * step + i % side * cell} {y + i // side * cell}h{cell - 1}v{cell - 1}h{1 - cell}z"
-                           for i in (x[0, t, 1:, 0] == f).nonzero()[:, 0].tolist())
-                parts.append(f'<path d="{"".join(squares)}" fill="{FRAMES[f]}"/>')
+                tiles = (f"M{94 + t * step + i % side * cell} {y + i // side * cell}h{cell - 1}v{cell - 1}h{1 - cell}z"
+                         for i in (x[0, t, 1:, 0] == f).nonzero()[:, 0].tolist())
+                parts.append(f'<path d="{"".join(tiles)}" fill="{FRAMES[f]}"/>')
     bottom = 92 + 2 * (side * cell + 40) - 6
     parts += [part for t in range(T) for part in (box(94 + t * step, bottom - 10, 11, 11, FRAMES[t], 2),
                                                   label(111 + t * step, bottom, f"token from frame {t}"))]
@@ -213,7 +215,8 @@ def main():
     roll_loop(x.detach(), forward, backward)
     loop = perf_counter() - start
     base = [median(s) for s in seconds["clone"]]
-    print(f"\n(16, 3, 237, 768) float32, {torch.get_num_threads()} threads; medians, and ratio to a clone of the stream")
+    print(f"\n(16, 3, 237, 768) float32, {torch.get_num_threads()} threads; "
+          "medians, and ratio to a clone of the stream")
     for way, (once, both) in seconds.items():
         print(f"{way:12s} forward {median(once) * 1e3:8.1f} ms {median(once) / base[0]:7.2f} x"
               f"   forward + backward {median(both) * 1e3:8.1f} ms {median(both) / base[1]:7.2f} x")

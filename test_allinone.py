@@ -51,8 +51,8 @@ from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_wei
 from data import (BENCHMARKS, Clips, Example, MissingMedia, Mixed, Order, Recipe, VideoError, Words, answer_list,
                   collate, crop, encode_picture, find_media, frame_indices, has_split, hold_out, load_split, loader,
                   pick_frames, read_frames, read_jsonl_file, tint, wordpiece)
-from eval import (FINISH, benchmark_table, by_kind, chosen, coverage, embeddings, evaluate, gaze, match_odds, page, ranks,
-                  recall_metrics, report, scores, survey, wilson)
+from eval import (FINISH, benchmark_table, by_kind, chosen, coverage, embeddings, evaluate, gaze, match_odds, page,
+                  ranks, recall_metrics, report, scores, survey, wilson)
 from rolling import roll_groups, roll_loop, roll_tokens
 from train import TASKS, counts, lr_at, overrides, parameter_groups
 
@@ -159,11 +159,12 @@ def test_rolling_refuses():
             roll_groups(4, 4, **wrong)
 
 def drawn(svg):
-    """[(tag, attributes, text)] of an SVG, which must be sound XML and whose texts, about 6.8 px a letter, must fit in."""
+    """[(tag, attributes, text)] of an SVG, which must be sound XML; its texts, about 6.8 px a letter, must fit in."""
     root = ElementTree.fromstring(svg)
     for e in root.iter():
         if e.get("text-anchor") == "start":
-            assert float(e.get("x")) + 6.8 * len(e.text or "") * int(e.get("font-size")) / 13 < float(root.get("width")), e.text
+            wide = 6.8 * len(e.text or "") * int(e.get("font-size")) / 13
+            assert float(e.get("x")) + wide < float(root.get("width")), e.text
     return [(e.tag.split("}")[1], e.attrib, e.text) for e in root.iter()]
 
 def test_roll_figure_shows_the_op():
@@ -437,7 +438,8 @@ def test_dropout_rate_scale_and_gradient():
 def test_dropout_of_any_shape_and_dtype(p, dtype, shape):
     """Rate and scale hold for other probabilities and dtypes, also where the count is not a multiple of four."""
     y = allinone.dropout(torch.ones(shape, dtype=dtype), p, True)
-    assert y.dtype == dtype and y.shape == shape and torch.allclose(y[y != 0].double() * (1 - p), torch.ones(()).double(), atol=4e-3)
+    kept = y[y != 0].double() * (1 - p)
+    assert y.dtype == dtype and y.shape == shape and torch.allclose(kept, torch.ones_like(kept), atol=4e-3)
     assert not shape or abs((y == 0).double().mean() - p) < 0.01
 
 def test_dropout_is_off():
@@ -474,8 +476,8 @@ def test_bench_prints_times_ratios_and_memory():
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stderr
     line = r"^{} +\d+ ms +\d+ ms +(\d+\.\d\d)"
-    for name in ("forward, 40 words", "forward, 10 words", "text alone", "one clip, five options", "training step", "--amp",
-                 "--checkpointing", "--accum 2"):
+    for name in ("forward, 40 words", "forward, 10 words", "text alone", "one clip, five options", "training step",
+                 "--amp", "--checkpointing", "--accum 2"):
         assert float(re.search(line.format(name), done.stdout, re.M)[1]) > 0
     assert len(re.findall(r"its memory +\d+\.\d\d GiB +\d+\.\d\d GiB +\d+\.\d\d$", done.stdout, re.M)) == 4
     assert re.search(r"peak: [1-9]\d* GFLOP/s", done.stdout)
@@ -1626,27 +1628,36 @@ def test_registry():
 HARRY = "1054_Harry_Potter_and_the_prisoner_of_azkaban"
 FILES = """tgif-action test 20 tgifqa/Test_action_question.csv: ACTION4 gifs/tumblr_nk172bbdPI1u1lr18o1_250 flap wings
 tgif-action train 20 tgifqa/Train_action_question.csv: ACTION1 gifs/tumblr_nqc2mbmU2J1uxhtnwo1_400 chew food
-tgif-transition test 20 tgifqa/Test_transition_question.csv: TRANS23 gifs/tumblr_n9y2jhq01L1rts5xfo1_250 sing passionately
+tgif-transition test 20 tgifqa/Test_transition_question.csv: \
+TRANS23 gifs/tumblr_n9y2jhq01L1rts5xfo1_250 sing passionately
 tgif-frame test 20 tgifqa/Test_frameqa_question.csv: FRAMEQA1159 gifs/tumblr_no73q2fm0I1uuf348o1_250 cookie
 tgif-action test 1 tgifqa/clipbert_action_test.jsonl action_test.jsonl: 1 gifs/tumblr_nk172bbdPI1u1lr18o1_250 flap wings
 tgif-frame test 1 tgifqa/clipbert_frameqa_test.jsonl frameqa_test.jsonl: 1 gifs/tumblr_no73q2fm0I1uuf348o1_250 cookie
 msrvtt-qa val 2 msrvtt_qa/val_qa.json: 158581 videos/all/video6513 couch
 msrvtt-qa train 1 msrvtt_qa/clipbert_train.jsonl msrvtt_qa/train.jsonl: 1 videos/all/video6513 couch
 msvd-qa train 20 msvd_qa/train_qa.json: 0 YouTubeClips/-4wsuPCjDBc_5_15 animal
-tvqa train 1 tvqa/tvqa_train_README_sample.jsonl tvqa_train.jsonl: 7 frames_hq/met_frames/met_s06e22_seg01_clip_02 A beer bottle (2, 24)
+tvqa train 1 tvqa/tvqa_train_README_sample.jsonl tvqa_train.jsonl: \
+7 frames_hq/met_frames/met_s06e22_seg01_clip_02 A beer bottle (2, 24)
 msrvtt test 20 msrvtt_retrieval/MSRVTT_JSFUSION_test.csv: ret0 video9770 connecting something
-msrvtt train 1 msrvtt_retrieval/clipbert_train.jsonl msrvtt_retrieval/train.jsonl: videos/all/video2960 a cartoon animals
-msrvtt test 1 msrvtt_retrieval/clipbert_test.jsonl msrvtt_retrieval/test.jsonl: ret0 videos/all/video9770 a person is connecting something to system
-didemo val 20 didemo/val_data.json: 35034348999@N01_6060447507_dc1a90b8ef the man in the hat briefly bends over the machine
+msrvtt train 1 msrvtt_retrieval/clipbert_train.jsonl msrvtt_retrieval/train.jsonl: \
+videos/all/video2960 a cartoon animals
+msrvtt test 1 msrvtt_retrieval/clipbert_test.jsonl msrvtt_retrieval/test.jsonl: \
+ret0 videos/all/video9770 a person is connecting something to system
+didemo val 20 didemo/val_data.json: \
+35034348999@N01_6060447507_dc1a90b8ef the man in the hat briefly bends over the machine
 didemo test 20 didemo/test_data.json: 26292851@N04_4253489686_265c3c8051 someone kicks the bug towards some rocks.
 activitynet train 20 activitynet/train.json: v_QOlSCBRmfWY leads into her dancing. The girl dances
 activitynet test 20 activitynet/val_1.json: v_uqiMw7tQ1Cc videos/v_uqiMw7tQ1Cc is given. The coach helps
 vcr test 2 vcr/val.jsonl: val-1/qa @0 No , person 0 is a visitor .
-webvid test 20 webvid/webvid_validation_success_full.tsv: videos/027701_027750/1053841541 story on top of mountains. young man
-webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv: 195501_195550/1007078764 rotating pandoro
-howto100m train 20 howto100m/-tCQ4tCQdWE.csv howto100m_captions/nVbIUDjzWY4.csv: videos/nVbIUDjzWY4 check pic tonight pick 4.16
+webvid test 20 webvid/webvid_validation_success_full.tsv: \
+videos/027701_027750/1053841541 story on top of mountains. young man
+webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv: \
+195501_195550/1007078764 rotating pandoro
+howto100m train 20 howto100m/-tCQ4tCQdWE.csv howto100m_captions/nVbIUDjzWY4.csv: \
+videos/nVbIUDjzWY4 check pic tonight pick 4.16
 hmdb51 train 20 hmdb51/hmdb51_rgb_train_split_1.txt: hmdb51/Phillies_dad_catches_foul_ball 2
-hmdb51 test 20 hmdb51/hmdb51_rgb_val_split_1.txt: hmdb51/St__Louis_Goalkeeping__Academy_elite_training_jump_f_nm_np1_ri_bad_12 19
+hmdb51 test 20 hmdb51/hmdb51_rgb_val_split_1.txt: \
+hmdb51/St__Louis_Goalkeeping__Academy_elite_training_jump_f_nm_np1_ri_bad_12 19
 k400 test 20 kinetics400/kinetics-400_val.csv: val/abseiling/0wR5jVB-WPk_000417_000427 0
 k400 test 20 kinetics400/kinetics_video_vallist.txt: val/abseiling/0wR5jVB-WPk 0"""
 
@@ -1968,7 +1979,6 @@ def test_answer_list():
 # ---- toy ------------------------------------------------------------------------------------------------------------
 
 SHARE = 0.02
-TOYS = sorted(toy.DATASETS)
 splits = lambda b: ("train", "val", *("test" for split in b.splits if split == "test"))
 
 def digest(folder):
@@ -1998,7 +2008,8 @@ def test_interrupted(tmp_path, monkeypatch):
 
 def test_no_process_survives_its_parent(tmp_path):
     """kill -9 of who writes a toy world ends its helpers too."""
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(toy.__file__)!r}); import toy; toy.write_world('toy', ['msvd'])"
+    code = (f"import sys; sys.path.insert(0, {os.path.dirname(toy.__file__)!r}); "
+            "import toy; toy.write_world('toy', ['msvd'])")
     writer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
     children = lambda: Path(f"/proc/{writer.pid}/task/{writer.pid}/children").read_text().split()
     while not children():
@@ -2051,7 +2062,7 @@ def test_reversed_scenes():
 def test_no_order_in_a_frame_count(events):
     """Of clips that change color, as many show the last color in the middle as the first: counting tells nothing."""
     scenes = [toy.clip_of(0, number, events)[0] for number in range(3000)]
-    turning = [s for s in scenes if str(s.events).count("turns") == 1]                      # of two turns the last is never there
+    turning = [s for s in scenes if str(s.events).count("turns") == 1]          # of two turns the last is never there
     last = sum(s.at(0.52)[0].color == s.at(1)[0].color for s in turning)
     assert abs(last / len(turning) - 0.5) < 0.06
 
@@ -2155,7 +2166,7 @@ def test_reranking_orders_the_first_k_and_no_more(words):
         return np.where(wanted, odds, np.nan)
     rows = [(t, v) for t, v in zip(sims.tolist(), torch.eye(3).tolist())]
     metrics, records = finish("retrieval", examples, rows, words, judge=judge, rerank=2)
-    assert asked == [[[True, True, False], [False, True, True], [True, True, True]]]        # rows' and columns' first two
+    assert asked == [[[True, True, False], [False, True, True], [True, True, True]]]        # rows', columns' first two
     assert [r["rank"] for r in records] == [2, 1.5, 3]      # the cosines' 1, 1, 3; matching ties on the second text
     assert [r["top"][0][0] for r in records] == ["b", "b", "a"] and records[0]["top"][0][1] == pytest.approx(.8)
     assert metrics["text to video R@1"] == 0 and metrics["text to video R@1 by cosine alone"] == 2 / 3
@@ -2238,17 +2249,19 @@ def test_matching_scores_only_what_is_wanted_in_small_batches(world, words, view
         assert odds[q, c] == pytest.approx((logits[:, 1] - logits[:, 0]).mean().item(), abs=1e-5)
 
 def test_coverage_and_survey(world, tmp_path):
-    """The share of answers in the list; rows, clips, majority; above 1 % missing or unreadable it stops unless allowed."""
+    """Share of answers in the list; rows, clips, majority; above 1 % missing or unreadable it stops unless allowed."""
     assert coverage([Example("", "", answer=a) for a in "aabc"], ["a", "c"]) == 0.75
     root, rows = world("msrvtt"), [*CLIPS4, replace(CLIPS4[0], id="9", answer="blue")]
-    assert survey([rows], [root]) == ("5 rows; clips: 4 listed, 4 found, 0 missing, 0 unreadable; majority answer 'red' 80.0%")
+    assert survey([rows], [root]) == ("5 rows; clips: 4 listed, 4 found, 0 missing, 0 unreadable; "
+                                      "majority answer 'red' 80.0%")
     with pytest.raises(UserError, match="1 of 5 clips are missing, .*no clip 'none'.*--allow-missing"):
         survey([rows + [Example("x", "none")]], [root])
     assert "clips: 5 listed, 4 found, 1 missing" in survey([rows + [Example("x", "none")]], [root], allow_missing=True)
     video = Path(find_media(root, CLIPS4[0].media)).read_bytes()
-    write(tmp_path, {"a.mp4": "", "b.mp4": "no video", "c.mp4": video, "d/1.jpg": "", "e/readme.txt": "", "f.mp4": video[:300]})
+    write(tmp_path, {"a.mp4": "", "b.mp4": "no video", "c.mp4": video, "d/1.jpg": "", "e/readme.txt": "",
+                     "f.mp4": video[:300]})
     rows = [Example(name, name) for name in "abcdef"]
-    with pytest.raises(UserError, match="4 of 6 clips opened are unreadable, .*a.mp4 is empty or cannot.*--allow-missing"):
+    with pytest.raises(UserError, match="4 of 6 clips opened are unreadable, .*a.mp4 is empty or .*--allow-missing"):
         survey([rows], [str(tmp_path)])
     assert survey([rows], [str(tmp_path)], True) == "6 rows; clips: 6 listed, 6 found, 0 missing, 4 unreadable"
     told = survey([rows], [str(tmp_path)], True, sample=3)  # a, c and e
@@ -2283,10 +2296,11 @@ def test_figures_are_percent_and_ranks_are_not():
     assert line == "val: text to video R@1 100.00%, text to video MedR 1, video to text MeanR 1, missing 1"
 
 def test_list_names_every_benchmark():
-    """One line each, in the order of the registry: held-out validation is named as such, rows, chance, published figure."""
+    """One line each, in the registry's order: held-out validation is named as such, rows, chance, published figure."""
     lines = dict(zip(BENCHMARKS, benchmark_table()[1:]))
     assert all(line.split()[0] == name for name, line in lines.items()) and "held out" in lines["tgif-action"]
-    assert re.search(r"158,581 / 12,278 / 72,821 +-  42.9 \(released EVAL.md, OOV dropped; paper 42.5\)", lines["msrvtt-qa"])
+    assert re.search(r"158,581 / 12,278 / 72,821 +-  42.9 \(released EVAL.md, OOV dropped; paper 42.5\)",
+                     lines["msrvtt-qa"])
     assert re.search(r"9,000 / held out / 1,000 +0.1%  35.6/62.8/71.3 \(released", lines["msrvtt"])
     assert re.search(r"122,039 / held out / 15,253 +20.0%  -$", lines["tvqa"])
 
@@ -2325,7 +2339,8 @@ def test_search_ranks_a_folder(folder, words, run):
     """All clips by cosine with the seconds that were looked at; what cannot be read is named and left out."""
     model = stored("a.pt", words, "contrast")
     broken, line, *told = run("eval", "a.pt", "--search", "a red ring", "--videos", "clips").splitlines()
-    assert re.match("cannot be read: clips/broken.mp4: ", broken) and line.startswith("3 clips, 3 read now; embeddings kept")
+    assert re.match("cannot be read: clips/broken.mp4: ", broken)
+    assert line.startswith("3 clips, 3 read now; embeddings kept")
     text, cosines = torch.tensor([words.sentence("a red ring", 20)]), {}
     for name in ("b.mp4", "a b.mp4", "more/c.mp4"):
         frames = read_frames(folder / name, lambda times: frame_indices(len(times), 3, "eval"), 32)[None]
@@ -2355,13 +2370,14 @@ def test_search_reads_what_changed(folder, words, run, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a.pt", "b.pt", "clips", kept.name}
 
 def test_own_video_needs_the_head(folder, words, run):
-    """Without the head that a question needs, one line names the command that trains it; so do flags that do not go together."""
+    """Without the head that a question needs, one line names the command that trains it; clashing flags get one too."""
     stored("a.pt", words, "answer"), stored("c.pt", words, "contrast")
     write(folder, {"empty/x.txt": ""})
     video = "--video", "clips/b.mp4"
     for flags, line in (
             (("a.pt", *video, "--caption", "x"), "no matching head; train one: python train.py --task pretrain"),
-            (("a.pt", "--search", "x", "--videos", "clips"), "no contrast head; train one: python train.py --task retrieval"),
+            (("a.pt", "--search", "x", "--videos", "clips"),
+             "no contrast head; train one: python train.py --task retrieval"),
             (("c.pt", *video, "--ask", "x"), "no answer head; train one: python train.py --task vqa"),
             (("c.pt", "--search", "x", "--videos", "clips/empty"), "--videos clips/empty: no clips in it"),
             (("c.pt", "--search", "x"), "belong together"), (("c.pt", "--videos", "clips"), "belong together"),
@@ -2374,16 +2390,18 @@ def test_own_video_needs_the_head(folder, words, run):
 def run_folder(name, test=None, log=(), **config):
     """A run folder as train.py leaves it, with these test figures and log lines."""
     Path(name).mkdir(parents=True)
-    config = {"benchmarks": ["msrvtt-qa"], "roll": "spread", "init": None, "seed": 0, "answers": 8, "vocab": 9, "batch": 4} | config
+    config = {"benchmarks": ["msrvtt-qa"], "roll": "spread", "init": None, "seed": 0, "answers": 8, "vocab": 9,
+              "batch": 4} | config
     files = {"config.json": json.dumps(config), "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in log)}
     write(Path(name), files | ({"test.json": json.dumps(test)} if test else {}))
 
 def figures_of(which, way=0.5):
-    return {"accuracy": which, "kinds": {kind: {"questions": 9, "accuracy": value, "chance": 0.25, "majority": 0.3, "order-blind": blind}
-                                         for kind, value, blind in (("which", which, 0.5), ("way", way, 1), ("all", which, 0.75))}}
+    return {"accuracy": which, "kinds": {
+        kind: {"questions": 9, "accuracy": value, "chance": 0.25, "majority": 0.3, "order-blind": blind}
+        for kind, value, blind in (("which", which, 0.5), ("way", way, 1), ("all", which, 0.75))}}
 
 def test_compare_groups_runs_by_what_varies(tmp_path, monkeypatch):
-    """Two groups of two and one run: mean and deviation by hand; runs that start from the run of their seed are alike."""
+    """Two groups of two and one run: mean and deviation by hand; runs that start from their seed's run are alike."""
     monkeypatch.chdir(tmp_path)
     for seed, a, b in ((0, 0.5, 0.9), (1, 0.7, 0.8)):
         run_folder(f"a{seed}", figures_of(a), seed=seed, roll="none", init=f"runs/pre-s{seed}/best.pt")
@@ -2394,8 +2412,10 @@ def test_compare_groups_runs_by_what_varies(tmp_path, monkeypatch):
     assert lost == "d has no test.json yet and is left out" and len({len(line) for line in table[:-2]}) == 1
     start = "runs/pre-sSEED/best.pt"
     assert cells[:1] + cells[2:] == [
-        ["init", "roll", "runs", "all", "way", "which"], [start, "none", "2", "60.0 ± 14.1", "50.0 ± 0.0", "60.0 ± 14.1"],
-        [start, "spread", "2", "85.0 ± 7.1", "5.0 ± 7.1", "85.0 ± 7.1"], ["None", "spread", "1", "33.3", "50.0", "33.3"],
+        ["init", "roll", "runs", "all", "way", "which"],
+        [start, "none", "2", "60.0 ± 14.1", "50.0 ± 0.0", "60.0 ± 14.1"],
+        [start, "spread", "2", "85.0 ± 7.1", "5.0 ± 7.1", "85.0 ± 7.1"],
+        ["None", "spread", "1", "33.3", "50.0", "33.3"],
         ["chance", "", "", "25.0", "25.0", "25.0"], ["order-blind", "", "", "75.0", "100.0", "50.0"]]
 
 def test_compare_refuses(tmp_path, monkeypatch):
@@ -2404,7 +2424,8 @@ def test_compare_refuses(tmp_path, monkeypatch):
     run_folder("a", figures_of(0.5)), run_folder("b", figures_of(0.5)), run_folder("c")
     run_folder("d", figures_of(0.5), benchmarks=["msvd-qa"])
     for runs, line in ((["none"], "none is no run of train.py"), (["c"], "not one of these runs has a test.json"),
-                       (["a", "b"], "b: another run of the same settings has seed 0"), (["a", "d"], "several benchmarks")):
+                       (["a", "b"], "b: another run of the same settings has seed 0"),
+                       (["a", "d"], "several benchmarks")):
         with pytest.raises(UserError, match=line):
             eval.compare(runs)
 
@@ -2415,7 +2436,7 @@ def test_ticks_are_round():
         assert eval.ticks(top) == pytest.approx(want)
 
 def test_curves_show_the_log(tmp_path, monkeypatch):
-    """One line per loss and figure, at the right heights; guesses, chance and ceiling dotted; nothing logged, one line."""
+    """A line per loss and figure, at the right heights; guesses, chance, ceiling dotted; nothing logged, one line."""
     monkeypatch.chdir(tmp_path)
     log = [{"step": 10 * n, "vqa": 4 / n, "lr": 1, "clips_per_s": 9, "waiting": 0} for n in (1, 2, 4)]
     log.insert(2, {"step": 20, "val": {"accuracy": 0.5, "same": 0.5, "MedR": 200.0}})
@@ -2423,7 +2444,8 @@ def test_curves_show_the_log(tmp_path, monkeypatch):
     parts = drawn(eval.curves("a <b>"))
     lines = [a["points"] for tag, a, _ in parts if tag == "polyline"]
     texts = [text for tag, _, text in parts if tag == "text"]
-    assert lines == ["180.0,86.0 290.0,171.0 510.0,213.5", "290.0,389.8"] and {"0 %", "80 %", "optimiser step"} <= {*texts}
+    assert lines == ["180.0,86.0 290.0,171.0 510.0,213.5", "290.0,389.8"]
+    assert {"0 %", "80 %", "optimiser step"} <= {*texts}
     assert {"a <b>", "vqa", "vqa, a guess 2.08", "accuracy", "chance, test 25 %", "order-blind, test 75 %"} <= {*texts}
     with pytest.raises(UserError, match="c/metrics.jsonl has no line yet"):
         eval.curves("c")
@@ -2437,7 +2459,8 @@ def test_wilson_by_hand():
 
 def test_the_gallery_is_spread():
     """Of 90 right and 6 wrong, two missing, 12 are 6 and 4; a second kind gets its share; the same every time."""
-    records = [{"id": str(n), "kind": "a", "correct": n % 16 > 0, "prediction": "x" if n % 48 else None} for n in range(96)]
+    records = [{"id": str(n), "kind": "a", "correct": n % 16 > 0, "prediction": "x" if n % 48 else None}
+               for n in range(96)]
     picks = chosen(records, 12)
     assert picks == sorted(set(picks)) == chosen(records, 12) and len(picks) == 12
     assert sum(not records[i]["correct"] for i in picks) == 4
@@ -2467,7 +2490,7 @@ MARKUP = """</script><script>document.title = 'broken'</script><img src=x onerro
 
 @pytest.fixture
 def browse(tmp_path):
-    """browse(file, "show=wrong", ..) -> the page's DOM after its scripts ran, with these filters; no error is logged."""
+    """browse(file, "show=wrong", ..) -> the page's DOM after its scripts ran with these filters; no error is logged."""
     if not BROWSER:
         pytest.skip("no Chromium here to open the page with")
     flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -2511,7 +2534,7 @@ def test_report_in_a_browser(reported, browse, tmp_path):
     assert "<title>true,[CLS]</title>" in dom
 
 def test_report_shows_what_the_model_saw(reported, world):
-    """The pictures are the frames of evaluation to the bit, shared among questions about one clip; the numbers agree."""
+    """The pictures are the frames of evaluation to the bit, shared among questions on one clip; the numbers agree."""
     told = json.loads(re.search(r'type="application/json">(.*?)</script>', reported, re.S)[1])
     assert len(told["pictures"]) == 12 and told["items"][0]["frames"] == told["items"][4]["frames"] == [0, 1, 2]
     head, code = told["pictures"][1].split(",")
@@ -2559,13 +2582,15 @@ def made_batch(task, rows, lengths):
         items.append(item | ({"labels": ids[-1][:masked] + [-100] * (L - masked)} if task == "pretrain" else {}))
     return collate(items, 0)
 
-@pytest.mark.parametrize("task, heads", [("vqa", ()), ("choice", ()), ("retrieval", ("matching",)), ("pretrain", ("contrast",))])
+@pytest.mark.parametrize("task, heads", [
+    ("vqa", ()), ("choice", ()), ("retrieval", ("matching",)), ("pretrain", ("contrast",))])
 def test_a_batch_of_nothing_counts_for_nothing(world, words, task, heads):
     """It goes through every loss, and leaves a gradient of 0 with every parameter that a real batch reaches."""
     name = {"vqa": "msrvtt-qa", "choice": "msrvtt-mc", "retrieval": "msrvtt", "pretrain": "webvid"}[task]
     root = world(BENCHMARKS[name].dataset)
     clips = Clips(load_split(name, root, "val"), root, recipe(words, task, join="bare", answers=["red"]))
-    model = AllInOne(replace(SIZES["toy"], layers=2, vocab=len(words), words=20, answers=1), (*TASKS[task].heads, *heads))
+    config = replace(SIZES["toy"], layers=2, vocab=len(words), words=20, answers=1)
+    model = AllInOne(config, (*TASKS[task].heads, *heads))
     b = train.nothing(clips, words.pad)
     assert counts(b) == {"rows": 0, "masked": 0}
     loss = sum(value for value, _ in TASKS[task].loss(model, b).values())
@@ -2592,9 +2617,10 @@ def test_overrides_by_name():
     """--set gives Config's types; a wrong name or value is one line that says what is allowed."""
     assert overrides(["fraction=0.125", "time=0", "roll_unimodal=1", "layers=2"]) == {
         "fraction": 0.125, "time": False, "roll_unimodal": True, "layers": 2}
-    for pair, line in (("frames=3", "NAME one of width, .*fraction, roll_unimodal, time"), ("time", "time needs 0 or 1"),
-                       ("time=yes", "time needs 0 or 1"), ("layers=0", "layers needs a whole number above 0"),
-                       ("layers=1.5", "a whole"), ("fraction=2", "fraction needs a number from 0 to 1"), ("std=nan", "std needs")):
+    for pair, line in (("frames=3", "NAME one of width, .*fraction, roll_unimodal, time"),
+                       ("time", "time needs 0 or 1"), ("time=yes", "time needs 0 or 1"),
+                       ("layers=0", "layers needs a whole number above 0"), ("layers=1.5", "a whole"),
+                       ("fraction=2", "fraction needs a number from 0 to 1"), ("std=nan", "std needs")):
         with pytest.raises(UserError, match=f"--set {pair}: .*{line}"):
             overrides([pair])
 
@@ -2648,7 +2674,8 @@ def test_retrieval_loss_by_hand(monkeypatch):
     (sims, same), = asked
     assert close(sims, text @ video.T / 0.05, 1e-4) and not sims.requires_grad
     assert same.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [2, 3], [3, 2], [3, 3], [4, 4]]
-    pairs = [(i, i, 1) for i in range(5)] + [(4, 0, 0), (2, 1, 0), (0, 2, 0), (3, 4, 0), (0, 2, 0), (1, 4, 0), (2, 1, 0), (4, 0, 0)]
+    pairs = [*((i, i, 1) for i in range(5)),
+             (4, 0, 0), (2, 1, 0), (0, 2, 0), (3, 4, 0), (0, 2, 0), (1, 4, 0), (2, 1, 0), (4, 0, 0)]
     loss = 0
     for clip, said, target in pairs:
         out = model(b["frames"][clip:clip + 1], b["words"][said:said + 1], b["keep"][said:said + 1])
@@ -2713,7 +2740,8 @@ def test_every_benchmark_trains_and_evaluates(world, run, name):
     figures = re.search(r"^test: .*$(?:\n(?:kind| ?\S*(?: \S+)? +\d+ +\d).*$)*", told, re.M)[0]
     assert figures in run("eval", "run/best.pt", "--predictions", "said.jsonl", "--report", "page.html")
     told = told_by("page.html")
-    assert len(told["items"]) == (task != "pretrain") * min(60, told["total"]) and Path("page.html").stat().st_size < 1e7
+    assert len(told["items"]) == (task != "pretrain") * min(60, told["total"])
+    assert Path("page.html").stat().st_size < 1e7
     assert all(len(item["top"]) == len(item.get("shown", item["top"])) > 0 for item in told["items"])
     assert {f.name for f in Path("run").iterdir()} == files | {"test.json"}
     assert ("\nall " in figures) == (task not in ("retrieval", "pretrain"))
@@ -2725,8 +2753,8 @@ def test_any_task_starts_from_any_other(world, run):
     chain, lines = ("webvid", "didemo", "msrvtt-qa", "tvqa", "vcr", "hmdb51", "webvid"), []
     for i, name in enumerate(chain):
         start = ("--init", f"{i - 1}/best.pt") if i else ()
-        told = run("train", "--task", BENCHMARKS[name].task, "--benchmark", name, "--data", world(BENCHMARKS[name].dataset),
-                   "--out", i, *start)
+        told = run("train", "--task", BENCHMARKS[name].task, "--benchmark", name,
+                   "--data", world(BENCHMARKS[name].dataset), "--out", i, *start)
         lines += re.findall(r"^\d/best.pt: loaded .*", told, re.M)
     heads = [TASKS[BENCHMARKS[name].task].heads for name in chain]
     assert {task for task in TASKS} == {BENCHMARKS[name].task for name in chain[1:]} and len(lines) == 6
@@ -2740,10 +2768,12 @@ def test_any_task_starts_from_any_other(world, run):
 def test_a_pretrained_checkpoint_is_evaluated_on_everything(world, run):
     """Trained on two sets at once: each has its figures, or the named one; without further training options are chosen
     by matching, and clips found by contrast and re-ranked by matching."""
-    run("train", "--task", "pretrain", "--benchmark", "webvid,cc3m", "--data", f"{world('webvid')},{world('cc3m')}", "--contrast")
+    run("train", "--task", "pretrain", "--benchmark", "webvid,cc3m",
+        "--data", f"{world('webvid')},{world('cc3m')}", "--contrast")
     world("msrvtt")                                         # beside webvid: found without --data
     told = run("eval", "run/best.pt")
-    assert re.findall(r"^(\w+) test: \d+ rows", told, re.M) == ["webvid", "cc3m"] and told.count("matching accuracy") == 2
+    assert re.findall(r"^(\w+) test: \d+ rows", told, re.M) == ["webvid", "cc3m"]
+    assert told.count("matching accuracy") == 2
     assert re.findall(r"^(\w+) test: \d+ rows", run("eval", "run/best.pt", "--benchmark", "cc3m"), re.M) == ["cc3m"]
     told = run("eval", "run/best.pt", "--benchmark", "msrvtt-mc", "--predictions", "said.jsonl")
     assert "; zero-shot, by the matching head" in told and "\nall " in told
@@ -2753,11 +2783,13 @@ def test_a_pretrained_checkpoint_is_evaluated_on_everything(world, run):
     model, meta, text = eval.load_model("run/best.pt")
     clips = Clips(rows, world("msrvtt"), recipe(text, "choice", L=40, join="bare"))
     for e, r, item in zip(rows[:4], said, (clips[None, i] for i in range(4))):
-        logits = [model.heads["matching"](model(item["frames"][None], torch.tensor([w])).pooled)[0, 1] for w in item["words"]]
+        logits = [model.heads["matching"](model(item["frames"][None], torch.tensor([w])).pooled)[0, 1]
+                  for w in item["words"]]
         assert r["prediction"] == e.options[int(torch.stack(logits).argmax())]
     told = run("eval", "run/best.pt", "--benchmark", "msrvtt", "--rerank", 2)
     assert "text to video R@1 " in told and "video to text R@10 by cosine alone" in told
-    run("eval", "run/best.pt", "--benchmark", "hmdb51", refused="hmdb51 needs the probe head that run/best.pt, trained for webvid,cc3m,")
+    run("eval", "run/best.pt", "--benchmark", "hmdb51",
+        refused="hmdb51 needs the probe head that run/best.pt, trained for webvid,cc3m,")
     run("eval", "run/best.pt", "--data", "x", refused="--data names 1 folders for the benchmarks webvid,cc3m")
 
 def own_files(folder):
@@ -2794,10 +2826,12 @@ def test_own_files_train_every_task_and_answer(world, run, tmp_path):
 def test_retrieval_with_matching_ranks_anew(world, run):
     """--rerank trains both losses, eval.py repeats the figures, and --rerank 0 gives those of the cosines alone."""
     told = run("train", "--task", "retrieval", "--rerank", 3)
-    assert {"contrast", "matching"} < logged("run")[0].keys() and "text to video R@1 by cosine alone" in logged("run")[2]["val"]
+    assert {"contrast", "matching"} < logged("run")[0].keys()
+    assert "text to video R@1 by cosine alone" in logged("run")[2]["val"]
     figures = re.search(r"^test: .*", told, re.M)[0]
     assert figures in run("eval", "run/best.pt")
-    plain, told = re.search(r"^test: (.*)", run("eval", "run/best.pt", "--rerank", 0), re.M)[1], told.replace(" by cosine alone", "")
+    plain = re.search(r"^test: (.*)", run("eval", "run/best.pt", "--rerank", 0), re.M)[1]
+    told = told.replace(" by cosine alone", "")
     assert all(part in told for part in plain.split(", ") if "R@" in part) and "MedR" in plain
 
 def test_the_loop_is_a_plain_loop(world, run):
@@ -2858,7 +2892,7 @@ def test_a_loss_that_is_no_number_stops(run):
 
 @pytest.mark.parametrize("file", ["last.pt.part", "best.pt.part", "metrics.jsonl"])
 def test_a_full_disk_is_one_line(run, monkeypatch, file):
-    """It says what to do, leaves the last checkpoint whole and nothing half written, and the run goes on once there is room."""
+    """It says what to do, leaves the last checkpoint whole and nothing half written; once there is room it goes on."""
     schedule, path = train.lr_at, Path("run", file)
     def filling(step, total):
         if step == 3 and not path.is_symlink():             # asked once for each group of parameters
@@ -2866,7 +2900,8 @@ def test_a_full_disk_is_one_line(run, monkeypatch, file):
             path.symlink_to("/dev/full")
         return schedule(step, total)
     monkeypatch.setattr(train, "lr_at", filling)
-    run("train", "--steps", 4, refused=rf"^train.py: run/{file.removesuffix('.part')} cannot be written: No space left on device; "
+    run("train", "--steps", 4,
+        refused=rf"^train.py: run/{file.removesuffix('.part')} cannot be written: No space left on device; "
         "make room there, or choose another --out; a run that had begun goes on with --resume")
     assert torch.load("run/last.pt")["step"] == 3 and not [f for f in os.listdir("run") if f.endswith(".part")]
     if file == "metrics.jsonl":
@@ -2877,7 +2912,8 @@ def test_a_full_disk_is_one_line(run, monkeypatch, file):
 
 def test_a_folder_that_cannot_be_written_is_one_line(run):
     """Where no folder can be made, before anything is trained; no right to rename, after."""
-    run("train", "--out", "/proc/run", refused="^train.py: /proc/run cannot be written: .*; make room there, or choose another --out")
+    run("train", "--out", "/proc/run",
+        refused="^train.py: /proc/run cannot be written: .*; make room there, or choose another --out")
     Path("run/best.pt").mkdir(parents=True)
     run("train", refused="run already holds a run; pass --resume")
 
@@ -2923,13 +2959,15 @@ assert os.waitpid(life("run", *["--resume"] * (run / "config.json").exists()), 0
 """
 
 def test_killed_twenty_times(world, tmp_path):
-    """kill -9, at random: whatever lies there is whole, --resume goes on, and the run ends as if nothing had happened."""
+    """kill -9, at random: whatever lies there is whole, --resume goes on, the run ends as if nothing had happened."""
     flags = f"--task vqa --data {world('msrvtt')} --steps 60 --batch 4 --workers 0 --device cpu".split()
-    done = subprocess.run([sys.executable, "-c", KILLER, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__)), "OMP_NUM_THREADS": "1"})
+    home = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run([sys.executable, "-c", KILLER, *flags], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"PYTHONPATH": home, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for file in ("last.pt", "best.pt"):
-        torch.testing.assert_close(*(torch.load(tmp_path / out / file)["model"] for out in ("run", "whole")), rtol=0, atol=0)
+        saved = (torch.load(tmp_path / out / file)["model"] for out in ("run", "whole"))
+        torch.testing.assert_close(*saved, rtol=0, atol=0)
     assert [line["step"] for line in logged(tmp_path / "run")] == [*range(1, 61), 60]
 
 def broken_world(world, folder, broken):
@@ -2976,12 +3014,14 @@ MISTAKES = [
     ("train --benchmark msrvtt", "--benchmark msrvtt: --task vqa knows"), ("train --accum 3", "--batch 4 cannot"),
     ("train --benchmark msrvtt-qa,msvd-qa", "only --task pretrain mixes several"),
     ("train --task pretrain --benchmark webvid,cc3m", "--data names 1 folders for the 2"),
-    ("train --contrast", "--contrast is for --task pretrain, not vqa"), ("train --rerank 5", "--rerank is for --task retrieval, not"),
+    ("train --contrast", "--contrast is for --task pretrain, not vqa"),
+    ("train --rerank 5", "--rerank is for --task retrieval, not"),
     ("train --data nowhere", "no annotations in nowhere.*expected train_qa.json"),
     ("train --data empty", "train_qa.json: Expecting value"), ("train --data my.jsonl", "my.jsonl.*No such file"),
     ("train --data norows", "no rows for 'train' of msrvtt-qa"), ("train --data noclips", "clips are missing, more"),
     ("train --tokenizer none.json", "--tokenizer none.json"), ("train --init none.pt", "none.pt is not a file"),
-    ("train --set speed=1", "--set speed=1: NAME=VALUE is needed"), ("train --set fraction=0.3", "fraction 0.3 is not 0 or 2"),
+    ("train --set speed=1", "--set speed=1: NAME=VALUE is needed"),
+    ("train --set fraction=0.3", "fraction 0.3 is not 0 or 2"),
     ("train --set width=97", "width 97 is not a multiple of heads 4"),
     ("eval --plot empty", "empty is no run of train.py"), ("eval --compare old empty", "empty is no run of train.py"),
     ("train --out old", "old already holds a run; pass --resume"),
@@ -3016,11 +3056,12 @@ def in_float64(task, *flags):
     gradients = []
     class Spy(torch.optim.AdamW):
         def step(self):
-            gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None])
+            gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"]
+                              if p.grad is not None])
             super().step()
     name = {"vqa": "msrvtt-qa", "retrieval": "msrvtt", "pretrain": "webvid"}[task]
-    flags = ["--task", task, "--benchmark", name, "--data", f"{task}.jsonl", "--tokenizer", "tokenizer.json", "--steps", 2,
-             "--batch", 8, "--workers", 0, "--device", "cpu", "--allow-missing", *flags]
+    flags = ["--task", task, "--benchmark", name, "--data", f"{task}.jsonl", "--tokenizer", "tokenizer.json",
+             "--steps", 2, "--batch", 8, "--workers", 0, "--device", "cpu", "--allow-missing", *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", Spy)
         torch.set_default_dtype(torch.float64)
@@ -3071,7 +3112,7 @@ def pair(world, tmp_path_factory):
 
 @pytest.mark.parametrize("task, flags", [(task, flags) for task, *flags in ALL_TASKS], ids=lambda value: str(value))
 def test_two_processes_equal_one(pair, run, monkeypatch, capsys, task, flags):
-    """Losses and gradients of each step, and every figure of validation and test, though clips are missing unequally."""
+    """Losses and gradients of each step, all figures of validation and test, though clips are missing unequally."""
     monkeypatch.chdir(pair[0])
     monkeypatch.setitem(SIZES, "toy", replace(SIZES["toy"], layers=2))
     alone = in_float64(task, *flags, "--out", f"{task}1")
@@ -3097,7 +3138,8 @@ def test_two_processes_stop_together_and_resume(pair, run, monkeypatch):
     """Told to stop, one process alone, both save the same step; resumed, they end in the tensors of a run that was not
     stopped. Only the first prints. One process cannot go on: its random numbers would be others."""
     folder, told = pair
-    assert told.count("batch: 2 micro x 2 accum x 2 world = 8 global") == 2 and told.count("batch: 4 micro x 1 accum x 2") == 4
+    assert told.count("batch: 2 micro x 2 accum x 2 world = 8 global") == 2
+    assert told.count("batch: 4 micro x 1 accum x 2") == 4
     assert told.count("train.py: told to stop; stopped/last.pt is at step 4, go on with --resume --out stopped") == 1
     assert told.count("resumed at step 4") == 1 and told.count("\ntest: ") == 5
     for file in ("last.pt", "best.pt"):

@@ -55,8 +55,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is seen: the first thing acts, in one event or in two, one after the other; others, where there are any, stay
-    still. An event is ("moves", way), ("turns", color), ("grows",) or ("shrinks",).
+    """What is seen: the first thing acts, in one event or in two, one after the other; others, if any, stay still.
+    An event is ("moves", way), ("turns", color), ("grows",) or ("shrinks",).
 
     Who moves goes once around: what leaves the picture on one side comes in on the other. A sum over frames, each seen
     on its own, then tells little about the way, whatever it knows of where and when; two frames seen together tell all.
@@ -119,8 +119,8 @@ def make_scene(rng, events=None):
     for kind in kinds:
         if kind == "moves":
             way = pick(WAYS)
-            # Half begin at the side that they leave: a hint that a single frame can take. Without it learning to compare
-            # frames takes several times as long.
+            # Half begin at the side that they leave: a hint that a single frame can take. Without it learning to
+            # compare frames takes several times as long.
             away = -1 if way in ("right", "down") else 1
             side = rng.choice([away, 0, -away], p=[0.5, 0.25, 0.25])
             start = 2 / 3 * side + rng.uniform(-0.06, 0.06)
@@ -175,7 +175,8 @@ def questions(scene):
     elif "moves" not in verbs or scene.ground in ("black", "gray"):   # easy: asked less often
         ask += [(f"what color is the {shape}?", color)]
     if verbs == ["turns", "turns"]:
-        ask += [(f"what happens {when}?", f"it {say(scene.events[1])}") for when in (f"after it {say(scene.events[0])}", "last")]
+        ask += [(f"what happens {when}?", f"it {say(scene.events[1])}")
+                for when in (f"after it {say(scene.events[0])}", "last")]
     elif len(verbs) == 2:
         ask += [("what happens first?", f"it {verbs[0]}"), ("what happens last?", f"it {verbs[1]}")]
     else:
@@ -211,7 +212,8 @@ def write_video(path, scene, fps=15, seconds=2.0, width=64, height=64, codec="mp
 
 def random_look(rng):
     """Frame rate, length and size of a clip: they vary as in real collections."""
-    fps, seconds, height = int(rng.choice([10, 12, 15, 24, 30])), float(rng.uniform(1.5, 3)), int(rng.choice([48, 52, 56]))
+    fps, seconds = int(rng.choice([10, 12, 15, 24, 30])), float(rng.uniform(1.5, 3))
+    height = int(rng.choice([48, 52, 56]))
     return dict(fps=fps, seconds=seconds, width=height + int(rng.choice([0, 2, 4])), height=height)
 
 

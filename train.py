@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --task pretrain ...    pre-training on 8 GPUs
 """
 import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: threads that spin while workers decode cost 2-3 x
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: threads spinning while workers decode cost 2-3 x
 import argparse
 import contextlib
 import io
@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from allinone import SIZES, AllInOne, Config, UserError, load_weights, read_config, run_main
 from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, collate, has_split, load_split, loader
-from eval import (by_kind, check_numbers, coverage, device_of, embeddings, evaluate, from_all, from_first, report, scores,
-                  survey, to_device, tokenizer_of)
+from eval import (by_kind, check_numbers, coverage, device_of, embeddings, evaluate, from_all, from_first, report,
+                  scores, survey, to_device, tokenizer_of)
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
-# A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what it is to be divided by, "rows" or "masked".
-# The loop divides by the count over all micro-batches and processes, so the mean does not depend on how a batch was cut.
+# A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what divides it, "rows" or "masked". The loop
+# divides by the count over all micro-batches and processes, so the mean does not depend on how a batch was cut.
 
 def answer_loss(task):
     def loss(model, batch):
@@ -55,7 +55,7 @@ def contrast(text, video):
 
 
 def gathered(x):
-    """(the rows of all processes with gradients, where ours begin). Row counts may differ: unreadable clips are left out."""
+    """(rows of all processes with gradients, where ours begin). Counts may differ: unreadable clips are left out."""
     if not dist.is_initialized():
         return x, 0
     sizes = from_all(len(x))
@@ -64,8 +64,8 @@ def gathered(x):
 
 
 def retrieval_loss(model, batch):
-    """Contrast; with a matching head also matching: each pair, its text with a hard clip, its clip with a hard text, the
-    mean of the three. Hard ones come out of the same micro-batch of the same process: --accum leaves fewer to draw from.
+    """Contrast; with a matching head also matching: each pair, its text with a hard clip, its clip with a hard text,
+    the mean of the three. Hard ones come out of one micro-batch of one process: --accum leaves fewer to draw from.
     Source: ALBEF (2107.07651, section 3.2); the released code has no matching loss in retrieval."""
     (text, video), real = embeddings(model, batch), batch["target"] >= 0        # see nothing()
     losses, words, keep, B = contrast(text[real], video[real]), batch["words"], batch["keep"], len(text)
@@ -74,9 +74,10 @@ def retrieval_loss(model, batch):
         some, clips, texts = hard_negatives((text @ video.T).detach().float() / TEMPERATURE, same)
         every = torch.arange(B, device=some.device)
         clip_of, text_of = torch.cat([every, clips, some]), torch.cat([every, some, texts])
-        pooled = model.fuse(model.embed_frames(batch["frames"])[clip_of], words[text_of], keep[text_of], first=1).pooled
+        frames = model.embed_frames(batch["frames"])[clip_of]
+        match = model.heads["matching"](model.fuse(frames, words[text_of], keep[text_of], first=1).pooled)
         target = F.pad(torch.where(real, 1, -1), (0, 2 * len(some)))
-        loss = F.cross_entropy(model.heads["matching"](pooled).float(), target, reduction="sum", ignore_index=-1)
+        loss = F.cross_entropy(match.float(), target, reduction="sum", ignore_index=-1)
         losses["matching"] = loss / 3, "rows"
     return losses
 
@@ -122,22 +123,22 @@ class Task:
 
 
 TASKS = {
-    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 64_000)),
+    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 54_400)),
     "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy", (6e-4, 16, 8_000)),
     "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1", (7e-4, 32, 30_000)),
     "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 16, 8_000)),
     "pretrain": Task("webvid", ("matching", "mlm"), pretrain_loss, "matching + MLM accuracy", (7e-4, 32, 16_000)),
     "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy", (7e-4, 32, 16_000)),
 }
-HEAD_LR = 10                                                # heads of a pre-trained model learn so much faster; 1 at toy size
+HEAD_LR = 10                                                # heads of a pre-trained model learn so much faster; toy: 1
 
 
-SETTABLE = {field.name: field.type for field in fields(Config)          # by --set; the others have flags, or follow the data
+SETTABLE = {field.name: field.type for field in fields(Config)          # by --set; others have flags or follow the data
             if field.name not in ("frames", "roll", "words", "vocab", "answers")}
 
 
 def lr_at(step, total, warmup=0.1):
-    """The share of the peak learning rate at optimiser step 0, 1, ...: linear from 0 over the warm-up, then linear to 0."""
+    """The share of the peak learning rate at step 0, 1, ...: linear from 0 over the warm-up, then linear to 0."""
     up = max(1, round(warmup * total))
     return (step + 1) / up if step < up else max(0.0, (total - step) / max(1, total - up))
 
@@ -165,12 +166,13 @@ class Losses(nn.Module):
 
 def counts(batch):
     """How many rows of a batch can be right or wrong, and how many of its words are masked."""
-    return {"rows": int((batch["target"] >= 0).sum()), "masked": int((batch["labels"] >= 0).sum()) if "labels" in batch else 0}
+    masked = int((batch["labels"] >= 0).sum()) if "labels" in batch else 0
+    return {"rows": int((batch["target"] >= 0).sum()), "masked": masked}
 
 
 def nothing(clips, pad):
-    """A batch of one black clip that counts for nothing: no target, no masked word. It stands in for one whose clips cannot
-    be read, not one of them, because all processes must take the same steps."""
+    """A batch of one black clip that counts for nothing: no target, no masked word. It stands in for a batch of which
+    not one clip can be read, because all processes must take the same steps."""
     clips = clips.parts[0] if isinstance(clips, Mixed) else clips
     item, (T, R) = clips.texts(clips.examples[0], None), (clips.recipe.T, clips.recipe.R)
     item |= {"index": 0, "target": None, "frames": torch.zeros(T, 3, R, R, dtype=torch.uint8)}
@@ -185,8 +187,8 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; make room there, or choose another --out; a run that had "
-                        "begun goes on with --resume") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room there, or choose another --out; "
+                        "a run that had begun goes on with --resume") from None
 
 
 def save(path, content):
@@ -211,15 +213,17 @@ def random_state(device):
 
 
 def open_run(out, settings, resume):
-    """The run folder: made new, or for `resume` found with the same settings. -> the last checkpoint, or None where there is
-    none yet. What was logged after it is forgotten: it will come again."""
+    """The run folder: made new, or for `resume` found with the same settings. -> the last checkpoint, or None where
+    there is none yet. What was logged after it is forgotten: it will come again."""
     last, config, checkpoint = out / "last.pt", out / "config.json", None
     if resume:
         if not config.exists():
-            raise UserError(f"--resume: {config} is not there; drop --resume to begin, or name the run's folder with --out")
+            raise UserError(f"--resume: {config} is not there; drop --resume to begin, "
+                            "or name the run's folder with --out")
         before = json.loads(config.read_text())
         if different := [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]:
-            raise UserError(f"--resume: another run than {out}: {'; '.join(different)}; use the same flags, or another --out")
+            raise UserError(f"--resume: another run than {out}: {'; '.join(different)}; "
+                            "use the same flags, or another --out")
         checkpoint = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
     else:
         with writing(out):
@@ -239,10 +243,10 @@ def arguments(argv=None):
     data, model, optim, run = (parser.add_argument_group(g) for g in ("data", "model", "optimisation", "run"))
     toy = lambda i: ", ".join(f"{name} {task.toy[i]:g}" for name, task in TASKS.items())
     data.add_argument("--task", required=True, choices=TASKS)
-    data.add_argument("--benchmark", metavar="NAME", help="out of eval.py --list; for pretrain several, with commas (default: "
-                      + ", ".join(f"{task.benchmark} for {name}" for name, task in TASKS.items()) + ")")
-    data.add_argument("--data", help="folder of the dataset as its owners distribute it, or a .jsonl; one per benchmark, with "
-                      "commas (default: the toy world, made in data/toy)")
+    data.add_argument("--benchmark", metavar="NAME", help="out of eval.py --list; for pretrain several, with commas "
+                      "(default: " + ", ".join(f"{task.benchmark} for {name}" for name, task in TASKS.items()) + ")")
+    data.add_argument("--data", help="folder of the dataset as its owners distribute it, or a .jsonl; "
+                      "one per benchmark, with commas (default: the toy world, made in data/toy)")
     data.add_argument("--tokenizer", help="tokenizer.json, vocab.txt or hub name (default: that of --init, else "
                       "tokenizer.json in --data)")
     data.add_argument("--allow-missing", action="store_true", help="go on although clips are missing or unreadable")
@@ -254,8 +258,8 @@ def arguments(argv=None):
                        help="which tokens roll (default: that of --init, else spread)")
     model.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other fields of the model, such as "
                        f"fraction=0.125 time=0 (default: those of --init or --size); names: {', '.join(SETTABLE)}")
-    model.add_argument("--init", metavar="FILE",
-                       help="weights to start from: ours, released All-in-one, timm ViT or DeiT, Hugging Face ViLT (default: random)")
+    model.add_argument("--init", metavar="FILE", help="weights to start from: ours, released All-in-one, "
+                       "timm ViT or DeiT, Hugging Face ViLT (default: random)")
     optim.add_argument("--steps", type=int, help="optimiser steps (default: as many as --epochs makes)")
     optim.add_argument("--epochs", type=float, help="passes over the training split "
                        f"(default {Task.epochs}; toy size: until so many clips are seen: {toy(2)})")
@@ -264,16 +268,18 @@ def arguments(argv=None):
     optim.add_argument("--accum", type=int, default=1, help="micro-batches per process and step (default 1)")
     optim.add_argument("--lr", type=float, help=f"peak learning rate (default {Task.lr:g}; toy size: {toy(0)})")
     optim.add_argument("--contrast", action="store_true", help="pretrain: add the contrastive loss")
-    optim.add_argument("--rerank", type=int, default=0, metavar="K", help="retrieval: add a matching loss with hard negatives; its "
-                       "head orders the first K anew in evaluation (default 0: neither)")
+    optim.add_argument("--rerank", type=int, default=0, metavar="K", help="retrieval: add a matching loss with hard "
+                       "negatives; its head orders the first K anew in evaluation (default 0: neither)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/BENCHMARK-SIZE-ROLL-SET-sSEED)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
     run.add_argument("--seed", type=int, default=0, help="of weights, order and frames (default 0)")
     run.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     run.add_argument("--amp", action="store_true", help="bfloat16 autocast (default: float32)")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
-    run.add_argument("--views", type=int, default=1, help="evaluation: sets of frames a clip, scores averaged (default 1)")
+    run.add_argument("--checkpointing", action="store_true",
+                     help="recompute blocks in backward: less memory, more time")
+    run.add_argument("--views", type=int, default=1,
+                     help="evaluation: sets of frames a clip, scores averaged (default 1)")
     return parser.parse_args(argv)
 
 
@@ -299,7 +305,8 @@ def roots_of(args, names):
     if args.data:
         roots = args.data.split(",")
         if len(roots) != len(names):
-            raise UserError(f"--data names {len(roots)} folders for the {len(names)} benchmarks {','.join(names)}; give one each")
+            raise UserError(f"--data names {len(roots)} folders for the {len(names)} benchmarks {','.join(names)}; "
+                            "give one each")
         return roots
     from toy import write_world
 
@@ -332,14 +339,18 @@ def train(args):
             raise UserError(f"--benchmark {name}: --task {args.task} knows "
                             + ", ".join(n for n, b in BENCHMARKS.items() if b.task == args.task))
     size = args.size or (None if args.init else "toy")
+    if size == "toy":
+        torch.set_num_threads(1)                            # its products are too small to be shared out
     lr, batch, shown = task.toy if size == "toy" else (task.lr, task.batch, 0)
     lr, batch, head_lr = args.lr or lr, args.batch or batch, 1 if size == "toy" else HEAD_LR
     if batch % (world * args.accum):
-        raise UserError(f"--batch {batch} cannot be cut into {world} processes x {args.accum} micro-batches of equal size")
+        raise UserError(f"--batch {batch} cannot be cut into {world} processes x {args.accum} micro-batches "
+                        "of equal size")
 
     # -- data
     bench, roots = BENCHMARKS[names[0]], roots_of(args, names)
-    wanted = ("train", "val", *(("test",) if all(has_split(name, root, "test") for name, root in zip(names, roots)) else ()))
+    tested = all(has_split(name, root, "test") for name, root in zip(names, roots))
+    wanted = ("train", "val", "test") if tested else ("train", "val")
     splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in wanted}
     for split in splits:
         say(f"{split:5s} {survey(splits[split], roots, args.allow_missing)}")
@@ -351,10 +362,11 @@ def train(args):
     answers = []
     if args.task == "vqa":
         answers = answer_list(splits["train"][0], bench.answers)
-        known = [[e for e in splits["train"][0] if e.answer in set(answers)]]
-        final = wanted[-1]
-        say(f"answers: {len(answers)}; they cover {coverage(splits[final][0], answers):.1%} of the {final} answers, the ceiling; "
-            f"{len(splits['train'][0]) - len(known[0])} training questions with other answers are left out")
+        listed = set(answers)
+        known = [[e for e in splits["train"][0] if e.answer in listed]]
+        final, unknown = wanted[-1], len(splits["train"][0]) - len(known[0])
+        say(f"answers: {len(answers)}; they cover {coverage(splits[final][0], answers):.1%} of the {final} answers, "
+            f"the ceiling; {unknown} training questions with other answers are left out")
         splits["train"] = known
     elif args.task == "action":
         answers = [f"class {i}" for i in range(1 + max(e.answer for e in splits["train"][0]))]
@@ -393,9 +405,10 @@ def train(args):
     # -- the run folder, and where it left off
     parts = "+".join(names), size or "init", config.roll, *(pair.replace("=", "") for pair in args.set), f"s{args.seed}"
     out = Path(args.out or "runs/" + "-".join(parts))
-    settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr, "batch": batch,
-                "accum": args.accum, "processes": world, "device": device.type, "steps": total, "seed": args.seed,
-                "contrast": args.contrast, "amp": args.amp, "views": args.views, "rerank": args.rerank}
+    settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr,
+                "batch": batch, "accum": args.accum, "processes": world, "device": device.type, "steps": total,
+                "seed": args.seed, "contrast": args.contrast, "amp": args.amp, "views": args.views,
+                "rerank": args.rerank}
     last = from_first(lambda: open_run(out, settings, args.resume))
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, head_lr), betas=(0.9, 0.98), fused=True)
     peaks, first, best, bad = [group["lr"] for group in optimizer.param_groups], 0, -math.inf, {}
@@ -414,18 +427,19 @@ def train(args):
     losses_of = torch.compile(losses_of) if args.compile else losses_of
     if world > 1:                                           # contrast alone leaves the pooling without gradients
         losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=heads == ("contrast",))
-    say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.frames} frames, roll {config.roll}, "
-        f"on {device}\nbatch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
+    say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.frames} frames, "
+        f"roll {config.roll}, on {device}\n"
+        f"batch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
         f"{total} steps of which {steps_per_epoch} are an epoch; lr {lr:g}")
 
     # -- the loop
     order = Order(groups, batch, args.accum, args.seed, first, rank, world)
     batches = iter(loader(clips["train"], order, args.workers, words.pad))
     chance = {"vqa": len(answers), "action": len(answers), "choice": len(splits["train"][0][0].options), "vcr": 4,
-              "matching": 2, "mlm": len(words), "contrast": (batch // args.accum) ** 2}        # contrast: a sum of two losses
+              "matching": 2, "mlm": len(words), "contrast": (batch // args.accum) ** 2}        # contrast: two losses
     blank, examples = nothing(clips["train"], words.pad), list(itertools.chain(*splits["train"]))
     stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                 # a scheduler wants the machine back: save
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                 # a scheduler wants the machine: save
     log, seen, waited, started = out / "metrics.jsonl", 0, 0.0, time.perf_counter()
     bar = tqdm(range(first, total), initial=first, total=total, disable=not (rank == 0 and sys.stderr.isatty()))
     how = dict(workers=args.workers, amp=args.amp, allow_missing=args.allow_missing, batch=min(batch, 64))
@@ -445,8 +459,8 @@ def train(args):
         told = list(itertools.chain(*from_all([(b["errors"], counts(b)) for b in micro])))
         bad |= {i: cause for errors, _ in told for i, cause in errors.items()}
         if len(bad) > max(10, 0.01 * len(clips["train"])) and not args.allow_missing:
-            raise UserError(f"{len(bad)} training clips cannot be read, more than 1 %; the last: {list(bad.values())[-1]}; "
-                            "mend them, or pass --allow-missing to train without them")
+            raise UserError(f"{len(bad)} training clips cannot be read, more than 1 %; the last: "
+                            f"{list(bad.values())[-1]}; mend them, or pass --allow-missing to train without them")
         count, sums = {unit: sum(some[unit] for _, some in told) for unit in ("rows", "masked")}, {}
         for i, b in enumerate(micro):
             b = to_device(b, device)
@@ -462,10 +476,11 @@ def train(args):
         told = from_all(({name: value.item() for name, value in sums.items()}, bool(stop)))
         sums, stopping = {name: sum(some[name] for some, _ in told) for name in sums}, any(flag for _, flag in told)
         if not math.isfinite(sum(sums.values()) + norm):
-            ids = [examples[i].id for part in from_all([b["index"][b["target"] >= 0].tolist() for b in micro]) for some in part for i in some]
+            ours = [i for b in micro for i in b["index"][b["target"] >= 0].tolist()]
+            ids = [examples[i].id for some in from_all(ours) for i in some]
             parts = ", ".join(f"{k} {v:g}" for k, v in sums.items())
-            raise UserError(f"step {step}: the loss is {sum(sums.values())} ({parts}; gradient {norm:g}); examples {', '.join(ids)}; "
-                            "lower --lr, or look at these clips")
+            raise UserError(f"step {step}: the loss is {sum(sums.values())} ({parts}; gradient {norm:g}); "
+                            f"examples {', '.join(ids)}; lower --lr, or look at these clips")
         if count["rows"]:                                   # else --allow-missing, and not one clip can be read
             optimizer.step()
         optimizer.zero_grad()
@@ -475,9 +490,11 @@ def train(args):
             spent = time.perf_counter() - started
             line = {"step": step + 1, **sums, "lr": optimizer.param_groups[0]["lr"],
                     "clips_per_s": round(seen / spent, 1), "waiting": round(waited / spent, 3)}
-            text = " | ".join([f"step {step + 1:5d}/{total}", *(f"{k} {v:.3f} (chance {math.log(chance[k]):.3f})"
-                               for k, v in sums.items()), f"lr {line['lr']:.1e}", f"{line['clips_per_s']:.0f} clips/s (waiting for "
-                               f"data {line['waiting']:.0%})", f"eta {spent / (step + 1 - first) * (total - step - 1):.0f} s"])
+            text = " | ".join([
+                f"step {step + 1:5d}/{total}",
+                *(f"{k} {v:.3f} (chance {math.log(chance[k]):.3f})" for k, v in sums.items()),
+                f"lr {line['lr']:.1e}", f"{line['clips_per_s']:.0f} clips/s (waiting for data {line['waiting']:.0%})",
+                f"eta {spent / (step + 1 - first) * (total - step - 1):.0f} s"])
             bar.set_postfix_str(text.split(" | ", 1)[1]) if not bar.disable else say(text, flush=True)
             note(line)
         if ends:
@@ -495,15 +512,16 @@ def train(args):
                                        "step": step + 1, "best": best, "bad": bad, "random": states,
                                        "logged": log.stat().st_size})
         if stopping:
-            raise SystemExit(f"train.py: told to stop; {out}/last.pt is at step {step + 1}, go on with --resume --out {out}"
-                             if rank == 0 else 1)
+            raise SystemExit(f"train.py: told to stop; {out}/last.pt is at step {step + 1}, "
+                             f"go on with --resume --out {out}" if rank == 0 else 1)
     if bad and rank == 0:
         say(f"{len(bad)} training clips could not be read and were left out: {out}/bad.txt")
         save(out / "bad.txt", "".join(f"{examples[i].id} {cause}\n" for i, cause in sorted(bad.items())))
 
     # -- the test figure, once, of the epoch that was best on validation
     if "test" in splits:
-        model.load_state_dict(from_first(lambda: torch.load(out / "best.pt", map_location="cpu", weights_only=True)["model"]))
+        stored = lambda: torch.load(out / "best.pt", map_location="cpu", weights_only=True)["model"]
+        model.load_state_dict(from_first(stored))
         metrics, records = evaluate(model, clips["test"], **how)
         if rank == 0:
             table = by_kind(records, splits["train"][0], roots[0])
@@ -517,7 +535,7 @@ def train(args):
 
 
 def heard_once():
-    """train; of several processes with the same mistake the first alone is heard: torchrun meanwhile ends the others."""
+    """train; of several processes with one mistake the first alone is heard: torchrun meanwhile ends the others."""
     try:
         train(arguments())
     except UserError:
