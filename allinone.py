@@ -78,6 +78,9 @@ class Config:
         for big, small in (("width", "heads"), ("image", "patch")):
             if getattr(self, big) % getattr(self, small):
                 raise UserError(f"{big} {getattr(self, big)} is not a multiple of {small} {getattr(self, small)}")
+        for name, most in (("dropout", 0.2), ("drop_path", 0.9)):               # 5 x dropout before the answers
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"{name} {getattr(self, name)}: a number from 0 to {most} is needed")
         roll_groups(1, 1, self.fraction, self.roll)         # names a bad layout or fraction
 
     @property

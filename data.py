@@ -42,7 +42,7 @@ from av.sidedata.sidedata import SideDataContainer
 from av.stream import Discard, Disposition
 from av.video.frame import PictureType
 
-from allinone import UserError
+from allinone import UserError, run_main
 
 
 # ---- frame sampler ---------------------------------------------------------------------------------------------------
@@ -1438,4 +1438,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main("data.py", main)

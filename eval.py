@@ -387,12 +387,12 @@ def report(metrics, table, split="test", most=9):
 
 def benchmark_table():
     """The lines of --list."""
-    lines = [f"{'benchmark':16s} {'dataset':12s} {'task':10s} {'metric':22s} {'rows train / val / test':>25s} "
+    lines = [f"{'benchmark':16s} {'dataset':12s} {'task':10s} {'metric':22s} {'rows train / val / test':>29s} "
              f"{'chance':>7s}  published"]
     for name, b in BENCHMARKS.items():
         rows = " / ".join("held out" if split not in b.splits and split == "val" else
                           f"{b.rows[split]:,}" if b.rows.get(split) else "-" for split in ("train", "val", "test"))
-        lines.append(f"{name:16s} {b.dataset:12s} {b.task:10s} {b.metric:22s} {rows:>25s} "
+        lines.append(f"{name:16s} {b.dataset:12s} {b.task:10s} {b.metric:22s} {rows:>29s} "
                      f"{f'{b.chance:.1%}' if b.chance else '-':>7s}  {b.paper or '-'}")
     return lines
 
@@ -473,7 +473,8 @@ def ask(model, meta, words, path, question, options=(), captions=()):
     if captions:
         texts = [words.sentence(text, model.config.words) for text in captions]
     elif options:
-        texts = words.choices(question, options, "options" if question else "bare", model.config.words)
+        join = BENCHMARKS[meta["benchmarks"][0]].join if question else "bare"
+        texts = words.choices(question, options, join, model.config.words)
     else:
         texts = [words.sentence(question, model.config.words)]
     batch = collate([{"index": 0, "frames": frames[0], "words": texts, "target": 0}], words.pad)
@@ -597,7 +598,8 @@ def curves(folder):
     config, log, test = read_run(folder)
     kinds = (test or {}).get("kinds", {}).get("all", {})
     choices = {"vqa": config["answers"], "action": config["answers"], "vcr": 4, "matching": 2, "mlm": config["vocab"],
-               "contrast": config["batch"] ** 2, "choice": 1 / kinds["chance"] if kinds else None}     # both directions
+               "contrast": (config["batch"] // config["accum"]) ** 2,                     # both directions
+               "choice": 1 / kinds["chance"] if kinds else None}
     train, val = [line for line in log if "val" not in line], [line for line in log if "val" in line]
     if not train:
         raise UserError(f"{folder}/metrics.jsonl has no line yet; let train.py run on")
@@ -1042,6 +1044,9 @@ def run(args):
     if not args.checkpoint:
         raise UserError("no checkpoint given; train one with python train.py --task vqa, or see python eval.py --list")
     check_numbers(args, ("views", "batch"), ("workers", "rerank"))
+    for path in filter(None, (args.report, args.predictions)):
+        if not Path(path).parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first")
     device = device_of(args.device)
     model, meta, words = load_model(args.checkpoint, device)
     if args.search or args.videos:

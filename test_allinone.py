@@ -389,7 +389,8 @@ def test_fresh_rank_is_matching():
 def test_model_refuses():
     """A user's mistakes name the value and what is allowed."""
     for wrong, line in (({"width": 100, "heads": 3}, "width 100"), ({"image": 33}, "image 33"),
-                        ({"roll": "random"}, "spread, block or none"), ({"fraction": 0.3}, "fraction 0.3")):
+                        ({"roll": "random"}, "spread, block or none"), ({"fraction": 0.3}, "fraction 0.3"),
+                        ({"dropout": 0.3}, "dropout 0.3: .* 0.2"), ({"drop_path": 1.0}, "drop_path 1.0: .* 0.9")):
         with pytest.raises(ValueError, match=line):
             replace(SMALL, **wrong)
     with pytest.raises(UserError, match="heads .*'beam'.* choose from matching"):
@@ -2391,7 +2392,7 @@ def run_folder(name, test=None, log=(), **config):
     """A run folder as train.py leaves it, with these test figures and log lines."""
     Path(name).mkdir(parents=True)
     config = {"benchmarks": ["msrvtt-qa"], "roll": "spread", "init": None, "seed": 0, "answers": 8, "vocab": 9,
-              "batch": 4} | config
+              "batch": 4, "accum": 1} | config
     files = {"config.json": json.dumps(config), "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in log)}
     write(Path(name), files | ({"test.json": json.dumps(test)} if test else {}))
 

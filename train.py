@@ -123,7 +123,7 @@ class Task:
 
 
 TASKS = {
-    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 54_400)),
+    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 49_600)),
     "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy", (6e-4, 16, 8_000)),
     "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1", (7e-4, 32, 30_000)),
     "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 16, 8_000)),
@@ -426,7 +426,8 @@ def train(args):
     losses_of = Losses(model, task)
     losses_of = torch.compile(losses_of) if args.compile else losses_of
     if world > 1:                                           # contrast alone leaves the pooling without gradients
-        losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=heads == ("contrast",))
+        unused = heads == ("contrast",) or not config.time
+        losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=unused)
     say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.frames} frames, "
         f"roll {config.roll}, on {device}\n"
         f"batch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
