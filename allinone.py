@@ -96,6 +96,11 @@ SIZES = {
 }
 
 
+def millions(model):
+    """10^6 parameters."""
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
 def gmacs(config, L=40, T=None):
     """10^9 multiply-adds of the joint forward of one clip: T frames, each with L words; matrix products only."""
     D, N, T = config.width, 1 + config.grid ** 2, T or config.frames
@@ -756,7 +761,7 @@ def main():
             for _ in range(4):                              # the first warms up and is not counted
                 times.append(seconds(lambda: model(frames, words)))
         print(f"{name:6s} {config.width:4d} {config.layers:6d} {config.heads:3d} {config.image:4d} {config.patch:3d} "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:9.2f} M {gmacs(config):7.2f} "
+              f"{millions(model):9.2f} M {gmacs(config):7.2f} "
               f"{min(times[1:]) * 1e3:7.1f} ms")
     print(f"one clip of 3 frames with 40 words, float32, {torch.get_num_threads()} CPU threads; no MLM head")
 

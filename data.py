@@ -1138,6 +1138,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, examples, root, recipe, seed=0):
         self.examples, self.root, self.recipe, self.seed = examples, root, recipe, seed
+        self.groups = [np.arange(len(examples))]            # batches do not cross groups: see Mixed
 
     def __len__(self):
         return len(self.examples)
@@ -1193,7 +1194,7 @@ class Mixed(torch.utils.data.Dataset):
     must not cross parts: `groups` lists the indices of each."""
 
     def __init__(self, parts):
-        self.parts = parts
+        self.parts, self.recipe = parts, parts[0].recipe    # of one task, words and tokenizer
         self.starts = np.cumsum([0] + [len(part) for part in parts])
         self.groups = [np.arange(a, b) for a, b in zip(self.starts, self.starts[1:])]
 

@@ -18,7 +18,6 @@ import re
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from allinone import AllInOne, Config, UserError, read_weights, run_main
-from data import (BENCHMARKS, MEDIA, Clips, MissingMedia, Mixed, Recipe, Words, collate, encode_picture, find_media,
+from allinone import AllInOne, Config, UserError, millions, read_weights, run_main
+from data import (BENCHMARKS, MEDIA, Clips, MissingMedia, Recipe, Words, collate, encode_picture, find_media,
                   frame_indices, has_split, load_split, loader, opens, read_frames)
 from rolling import FRAMES, LINE, SOFT, box, label, roll_groups, roll_tokens, svg
+from toy import write_world
 
 # ---- metrics: pure functions ----------------------------------------------------------------------------------------
 
@@ -134,14 +134,13 @@ def run_split(model, clips, step, batch=64, workers=0, amp=False):
     -> (list by index of {name: row} or None where the clip cannot be read, {index: error})."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
-    groups = clips.groups if isinstance(clips, Mixed) else [np.arange(len(clips))]
-    batches = [[(None, int(i)) for i in g[s:s + batch]] for g in groups for s in range(0, len(g), batch)][rank::world]
-    words = (clips.parts[0] if isinstance(clips, Mixed) else clips).recipe.words
+    batches = [[(None, int(i)) for i in g[s:s + batch]]
+               for g in clips.groups for s in range(0, len(g), batch)][rank::world]
     training = model.training
     model.eval()
     rows, errors = {}, {}
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        for b in loader(clips, batches, workers, words.pad):
+        for b in loader(clips, batches, workers, clips.recipe.words.pad):
             errors |= b["errors"]
             if "frames" in b:
                 out = {k: v.float().cpu() for k, v in step(model, to_device(b, device)).items()}
@@ -157,7 +156,7 @@ def evaluate(model, clips, allow_missing=False, **how):
     """Evaluate one split. -> (metrics {name: value}, the first being the one that counts; records, one per example:
     {"id", "kind", "prediction", "truth", "score", "correct", ...}).
     Raises UserError for clips that cannot be read, unless allow_missing: they then count as wrong."""
-    task = (clips.parts[0] if isinstance(clips, Mixed) else clips).recipe.task
+    task = clips.recipe.task
     rows, errors = run_split(model, clips, STEPS[task], **how)
     if errors and not allow_missing:
         index, cause = min(errors.items())
@@ -240,6 +239,16 @@ def reranked(scores, odds, K):
     return np.where(top, scores.max(1, keepdims=True) + 1 + odds - least, scores)
 
 
+def recalls(by_text, by_clip, target, texts, media):
+    """Texts among clips and clips among texts. by_text (Q, C), by_clip (C, Q): scores, higher is better; target (Q,):
+    each text's clip. texts >= Q, media >= C: how many there are with those that cannot be read, so are never found.
+    -> (ranks of the Q texts, metrics)"""
+    rank, back = ranks(by_text, target), np.full(media, math.inf)
+    np.minimum.at(back, target, ranks(by_clip[target], np.arange(len(target))))            # the best of a clip's texts
+    both = {"text to video": np.append(rank, np.full(texts - len(rank), math.inf)), "video to text": back}
+    return rank, {f"{way} {k}": v for way, some in both.items() for k, v in recall_metrics(some).items()}
+
+
 def finish_retrieval(judge, clips, rows):
     """Texts against clips by cosine, both directions. A clip that several texts describe counts once as a clip.
     With recipe.rerank the first K of each direction are then ordered by the matching head: these are the metrics, and
@@ -254,14 +263,7 @@ def finish_retrieval(judge, clips, rows):
     text = torch.stack([rows[i]["text"] for i in found])
     video = torch.stack([rows[i]["video"] for i in first.values()])
     target = np.array([where[clips.examples[i].media] for i in found])
-
-    def measure(by_text, by_clip):
-        rank = np.full(len(rows), math.inf)                 # a missing clip is never found
-        rank[found] = ranks(by_text, target)
-        back = np.full(len({e.media for e in clips.examples}), math.inf)        # video to text: the best of its texts
-        np.minimum.at(back, target, ranks(by_clip[target], np.arange(len(found))))
-        return rank, {**{f"text to video {k}": v for k, v in recall_metrics(rank).items()},
-                      **{f"video to text {k}": v for k, v in recall_metrics(back).items()}}
+    measure = partial(recalls, target=target, texts=len(rows), media=len({e.media for e in clips.examples}))
 
     sims = best = (text @ video.T).numpy()
     rank, metrics = measure(sims, sims.T)
@@ -271,13 +273,12 @@ def finish_retrieval(judge, clips, rows):
         best = reranked(sims, odds, K)
         rank, metrics = measure(best, reranked(sims.T, odds.T, K))
         metrics |= alone
-    order, records = np.argsort(-best, 1)[:, :5], []
-    line = {i: n for n, i in enumerate(found)}
+    top = [[(media[j], round(float(sims[n, j]), 6)) for j in some[:5]] for n, some in enumerate(np.argsort(-best, 1))]
+    told, records = dict(zip(found, zip(rank.tolist(), top))), []
     for i, example in enumerate(clips.examples):
-        top = [(media[j], round(float(sims[line[i], j]), 6)) for j in order[line[i]]] if i in line else []
+        place, top = told.get(i, (math.inf, []))
         records.append({"id": example.id, "kind": example.kind, "prediction": top[0][0] if top else None,
-                        "truth": example.media, "score": float(rank[i]), "correct": bool(rank[i] <= 1),
-                        "rank": float(rank[i]), "top": top})
+                        "truth": example.media, "score": place, "correct": place <= 1, "rank": place, "top": top})
     return metrics, records
 
 
@@ -418,6 +419,28 @@ def device_of(name=None):
                         + ", cuda" * torch.cuda.is_available()) from None
 
 
+@contextlib.contextmanager
+def writing(path, otherwise="choose another place"):
+    """Whatever hinders writing becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room there, or {otherwise}") from None
+
+
+def roots_of(data, names, known=(), beside="data/toy"):
+    """One data folder per benchmark: out of --data, or else the known one, or the one beside it. Those of the toy world
+    are made if absent."""
+    roots = data.split(",") if data else [dict(known).get(n, f"{beside}/{BENCHMARKS[n].dataset}") for n in names]
+    if len(roots) != len(names):
+        raise UserError(f"--data names {len(roots)} folders for the {len(names)} benchmarks {','.join(names)}; "
+                        "give one each")
+    if not data and str(beside) == "data/toy":
+        with writing(beside):
+            from_first(lambda: write_world(beside, dict.fromkeys(BENCHMARKS[name].dataset for name in names)))
+    return roots
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 def tokenizer_of(path):
@@ -425,13 +448,13 @@ def tokenizer_of(path):
     return read_weights(path)[2].get("tokenizer") if path else None
 
 
-def load_model(path, device="cpu", **changes):
+def load_model(path, device="cpu"):
     """A trained model out of a checkpoint -> (model, meta, words). It carries all that is needed: no flags."""
     source, tensors, meta = read_weights(path)
     if source != "ours" or "task" not in meta:
         raise UserError(f"{path} is no checkpoint of train.py but {source}; "
                         f"fine-tune it first: train.py --task ... --init {path}")
-    model = AllInOne(replace(Config(**meta["config"]), **changes), meta["heads"])
+    model = AllInOne(Config(**meta["config"]), meta["heads"])
     model.load_state_dict(tensors)
     return model.eval().to(device), meta, Words.from_json(meta["tokenizer"])
 
@@ -463,12 +486,8 @@ def need_head(model, meta, names, task):
 def ask(model, meta, words, path, question, options=(), captions=()):
     """The lines that answer a question about a clip: the five best answers, or the options, with probabilities; or, for
     each of `captions`, the probability that it belongs to the clip. First the seconds that were looked at."""
-    if captions:
-        need_head(model, meta, ["matching"], "pretrain")
-    elif options:
-        need_head(model, meta, ["choice", "rank", "matching"], "choice")
-    else:
-        need_head(model, meta, ["answer"], "vqa")
+    task = "choice" if options else "vqa"
+    need_head(model, meta, *(("matching",), "pretrain") if captions else (NEEDS[task], task))
     frames, seconds = look(path, model)
     if captions:
         texts = [words.sentence(text, model.config.words) for text in captions]
@@ -484,7 +503,7 @@ def ask(model, meta, words, path, question, options=(), captions=()):
         video = model.embed_frames(batch["frames"]).expand(len(texts), -1, -1, -1)
         share = model.heads["matching"](model.fuse(video, text, keep, first=1).pooled).softmax(-1)[:, 1].cpu()
     else:
-        share = scores(model, "choice" if options else "vqa", batch)[0].softmax(0).cpu()
+        share = scores(model, task, batch)[0].softmax(0).cpu()
     names = captions or options or meta["answers"]
     best = share.topk(len(names) if captions else min(5, len(names)))
     return [f"looked at {', '.join(f'{s:.2f}' for s in seconds)} s of {path}",
@@ -498,7 +517,7 @@ def search(model, meta, words, folder, text, checkpoint, most=10):
     Embeddings are kept in FOLDER.embeddings.npz: of files whose size and time stamp are as before, under a checkpoint
     whose bytes are. Files that cannot be read are named and left out.
     """
-    need_head(model, meta, ["contrast"], "retrieval")
+    need_head(model, meta, NEEDS["retrieval"], "retrieval")
     folder, device = Path(folder), next(model.parameters()).device
     files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.suffix.lower() in MEDIA and f.is_file())
     if not files:
@@ -663,8 +682,8 @@ def compare(folders):
 
 
 # ---- one page about an evaluation (--report) ------------------------------------------------------------------------
-# What an example shows is collected here as data; PAGE, a file of its own, draws it. It inserts text as text, never as
-# HTML, and its content policy forbids it the network.
+# What an example shows is collected here as data; PAGE, an HTML file as a string, draws it. It inserts text as text,
+# never as HTML, and its content policy forbids it the network.
 
 MOST, PIXELS, BYTES = 60, 15e6, 3e6     # examples in the gallery; pixels and bytes of attention in all, at most
 
@@ -1037,7 +1056,9 @@ def run(args):
         return print("\n".join(compare(args.compare)))
     for folder in args.plot:
         path = Path(folder) / "curves.svg"
-        path.write_text(curves(folder), encoding="utf-8")
+        picture = curves(folder)
+        with writing(path):
+            path.write_text(picture, encoding="utf-8")
         print(path)
     if args.plot:
         return
@@ -1059,23 +1080,24 @@ def run(args):
                         'or with --caption "text"')
     if args.video:
         return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options, args.caption)))
+    evaluate_all(args, model, meta, words)
+
+
+def evaluate_all(args, model, meta, words):
+    """Evaluate a checkpoint on the benchmark that --benchmark names, or on all that it was trained on."""
     trained = dict(zip(meta["benchmarks"], meta["data"]))
-    names, beside, said = [args.benchmark] if args.benchmark else list(trained), Path(meta["data"][0]).parent, []
-    roots = args.data.split(",") if args.data else [trained.get(n, f"{beside}/{BENCHMARKS[n].dataset}") for n in names]
+    names, said = [args.benchmark] if args.benchmark else list(trained), []
     if args.report and len(names) > 1:
         raise UserError(f"--report is about one benchmark; choose with --benchmark out of {','.join(names)}")
-    if len(roots) != len(names):
-        raise UserError(f"--data names {len(roots)} folders for the benchmarks {','.join(names)}; "
-                        "give one each, or --benchmark")
-    if not args.data and str(beside) == "data/toy":
-        from toy import write_world
-        write_world(beside, [BENCHMARKS[name].dataset for name in names])
-    for name, root in zip(names, roots):
+    for name, root in zip(names, roots_of(args.data, names, trained, Path(meta["data"][0]).parent)):
         bench, K = BENCHMARKS[name], meta.get("rerank", 0) if args.rerank is None else args.rerank
-        head = next((head for head in NEEDS[bench.task] if head in model.heads), None)
-        lacks = (f"the {' or '.join(NEEDS[bench.task])} head" if head is None else "the matching head, for --rerank,"
-                 if bench.task == "retrieval" and K and "matching" not in model.heads else "the classes"
-                 if head == "probe" and name not in trained else None)
+        head, lacks = next((head for head in NEEDS[bench.task] if head in model.heads), None), None
+        if head is None:
+            lacks = f"the {' or '.join(NEEDS[bench.task])} head"
+        elif bench.task == "retrieval" and K and "matching" not in model.heads:
+            lacks = "the matching head, for --rerank,"
+        elif head == "probe" and name not in trained:
+            lacks = "the classes"
         if lacks:
             raise UserError(f"{name} needs {lacks} that {args.checkpoint}, trained for {','.join(trained)}, has not; "
                             f"fine-tune: python train.py --task {bench.task} --benchmark {name} "
@@ -1094,15 +1116,17 @@ def run(args):
         table = by_kind(records, train, root)
         print("\n".join(report(metrics, table, split)))
         if args.report:
-            about = [args.checkpoint, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+            about = [args.checkpoint, f"{millions(model):.2f} M parameters",
                      f"{recipe.T} frames", f"roll {model.config.roll}, {model.config.fraction:g} of the tokens",
                      *["the first view is shown"] * (recipe.views > 1)]
             text = page(f"{name}, {split}", about, model, clips, metrics, records, table)
-            Path(args.report).write_text(text, encoding="utf-8")
+            with writing(args.report):
+                Path(args.report).write_text(text, encoding="utf-8")
             print(f"report: {args.report}, {len(text) / 1e6:.1f} MB; open it in a browser")
         said += [json.dumps({k: r[k] for k in ("id", "prediction", "truth", "score")}) + "\n" for r in records]
     if args.predictions:
-        Path(args.predictions).write_text("".join(said))
+        with writing(args.predictions):
+            Path(args.predictions).write_text("".join(said))
 
 
 def main():

@@ -18,17 +18,16 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from allinone import SIZES, AllInOne, Config, UserError, load_weights, read_config, run_main
+from allinone import SIZES, AllInOne, Config, UserError, load_weights, millions, read_config, run_main
 from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, collate, has_split, load_split, loader
 from eval import (by_kind, check_numbers, coverage, device_of, embeddings, evaluate, from_all, from_first, report,
-                  scores, survey, to_device, tokenizer_of)
+                  roots_of, scores, survey, to_device, tokenizer_of, writing)
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
 # A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what divides it, "rows" or "masked". The loop
@@ -181,14 +180,7 @@ def nothing(clips, pad):
 
 # ---- run folders ----------------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def writing(path):
-    """Whatever hinders writing becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; make room there, or choose another --out; "
-                        "a run that had begun goes on with --resume") from None
+OTHERWISE = "choose another --out; a run that had begun goes on with --resume"       # where writing fails
 
 
 def save(path, content):
@@ -196,7 +188,7 @@ def save(path, content):
     content: a text, or what torch.save takes."""
     work, whole = Path(f"{path}.part"), io.BytesIO()        # through memory: torch.save to a full disk does not say so
     whole.write(content.encode()) if isinstance(content, str) else torch.save(content, whole)
-    with writing(path):
+    with writing(path, OTHERWISE):
         try:
             with open(work, "wb") as file:
                 file.write(whole.getbuffer())
@@ -226,12 +218,12 @@ def open_run(out, settings, resume):
                             "use the same flags, or another --out")
         checkpoint = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
     else:
-        with writing(out):
+        with writing(out, OTHERWISE):
             if out.exists() and any(file.suffix != ".part" for file in out.iterdir()):
                 raise UserError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
             out.mkdir(parents=True, exist_ok=True)
         save(config, json.dumps(settings, indent=1))
-    with writing(out / "metrics.jsonl"), open(out / "metrics.jsonl", "ab") as log:
+    with writing(out / "metrics.jsonl", OTHERWISE), open(out / "metrics.jsonl", "ab") as log:
         log.truncate(min(log.tell(), checkpoint["logged"]) if checkpoint else 0)
     return checkpoint
 
@@ -300,23 +292,6 @@ def overrides(pairs):
     return changes
 
 
-def roots_of(args, names):
-    """One data folder per benchmark; without --data the toy world's, made if absent."""
-    if args.data:
-        roots = args.data.split(",")
-        if len(roots) != len(names):
-            raise UserError(f"--data names {len(roots)} folders for the {len(names)} benchmarks {','.join(names)}; "
-                            "give one each")
-        return roots
-    from toy import write_world
-
-    def make():
-        with writing("data/toy"):
-            write_world("data/toy", {BENCHMARKS[name].dataset for name in names})
-    from_first(make)
-    return [f"data/toy/{BENCHMARKS[name].dataset}" for name in names]
-
-
 def train(args):
     # -- what is asked for: the command line over the task's presets
     task, rank, world = TASKS[args.task], int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -348,7 +323,7 @@ def train(args):
                         "of equal size")
 
     # -- data
-    bench, roots = BENCHMARKS[names[0]], roots_of(args, names)
+    bench, roots = BENCHMARKS[names[0]], roots_of(args.data, names)
     tested = all(has_split(name, root, "test") for name, root in zip(names, roots))
     wanted = ("train", "val", "test") if tested else ("train", "val")
     splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in wanted}
@@ -397,7 +372,7 @@ def train(args):
         return Mixed(parts) if len(parts) > 1 else parts[0]
 
     clips = {split: clips_of(split) for split in splits}
-    groups = clips["train"].groups if len(names) > 1 else [np.arange(len(clips["train"]))]
+    groups = clips["train"].groups
     steps_per_epoch = Order(groups, batch, 1, args.seed).steps_per_epoch
     epochs = args.epochs or (shown / batch / steps_per_epoch if shown else task.epochs)
     total = args.steps or max(1, round(epochs * steps_per_epoch))
@@ -428,7 +403,7 @@ def train(args):
     if world > 1:                                           # contrast alone leaves the pooling without gradients
         unused = heads == ("contrast",) or not config.time
         losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=unused)
-    say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.frames} frames, "
+    say(f"model: {millions(model):.2f} M parameters, {config.frames} frames, "
         f"roll {config.roll}, on {device}\n"
         f"batch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
         f"{total} steps of which {steps_per_epoch} are an epoch; lr {lr:g}")
@@ -447,7 +422,7 @@ def train(args):
 
     def note(line):
         if rank == 0:
-            with writing(log), open(log, "a") as file:
+            with writing(log, OTHERWISE), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     model.train()
