@@ -632,8 +632,9 @@ def bench_memory(way, size, B):
     return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
 
 
-def bench(size, B, rounds=5):
-    """On a CPU: ours against plain by turns, so that a busy moment hits both alike."""
+def bench(size, B, least=3, most=9, enough=30):
+    """On a CPU: ours against plain by turns, so that a busy moment hits both alike; a line as soon as it is known.
+    least, most: turns; enough: seconds after which no more than the least are taken."""
     steps = {"training step": ("plain", "ours"), **{f: ("ours", f) for f in ("--amp", "--checkpointing", "--accum 2")}}
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as fresh:          # before torch has threads
         memory = {way: fresh.apply(bench_memory, (way, size, B)) for way in dict.fromkeys(sum(steps.values(), ()))}
@@ -648,29 +649,30 @@ def bench(size, B, rounds=5):
             lambda: torch.cat([plain(model, frames[:1], words[:1, 0], keep[:1, 0])[0] for _ in range(5)]),
             lambda: model.fuse(model.embed_frames(frames[:1]).expand(5, -1, -1, -1), *five, first=1)[0]),
         **{name: [partial(bench_step, way, *setup) for way in pair] for name, pair in steps.items()}}
-    a, b, peak, times = torch.randn(1422, 768), torch.randn(768, 3072), [], {name: [] for name in runs}
-    for turn in range(1 + rounds):                          # the first warms up and is not counted
-        for name, (one, other) in runs.items():
-            model.train(name in steps)
-            with torch.inference_mode(name not in steps):
-                if turn == 0 and name not in steps:
-                    assert torch.allclose(one(), other(), atol=1e-4), f"{name}: ours differs from plain"
-                times[name].append((seconds(one), seconds(other)))
-            peak.append(seconds(lambda: a @ b, 3))
-    peak = 2 * 1422 * 768 * 3072 / median(peak) / 1e9
-    print(f"{size}, {B} clips x {c.frames} frames, float32, {torch.get_num_threads()} CPU threads, medians of {rounds} "
-          f"rounds; peak: {peak:.0f} GFLOP/s, a product 1422 x 768 x 3072")
-    for name in runs:
+    a, b, peak = torch.randn(1422, 768), torch.randn(768, 3072), math.inf
+    print(f"{size}, {B} clips x {c.frames} frames, float32, {torch.get_num_threads()} CPU threads, medians")
+    for name, pair in runs.items():
         if name in ("forward, 40 words", "--amp"):
             first, second = ("ours", "with it") if name in steps else ("plain", "ours")
             print(f"\n{first:>34s} {second:>9s} ratio  of peak")
-        one, other = map(median, zip(*times[name][1:]))
+        times, start = [], perf_counter()
+        model.train(name in steps)
+        with torch.inference_mode(name not in steps):
+            if name not in steps:
+                one, other = (run() for run in pair)        # warms up, too
+                assert torch.allclose(one, other, atol=1e-4), f"{name}: ours differs from plain"
+            while len(times) < least or len(times) < most and perf_counter() - start < enough:
+                times.append([*map(seconds, pair)])
+                peak = min(peak, seconds(lambda: a @ b, 3))
+        one, other = map(median, zip(*times))
         macs = 6 * gmacs(c) if name in steps else gmacs(c, int(name[9:11])) if "forward" in name else 0
-        print(f"{name:23s} {one * 1e3:8.0f} ms {other * 1e3:6.0f} ms {median(y / x for x, y in times[name][1:]):5.2f}"
-              + (f"{2 * B * macs / other / peak:9.0%}" if macs else ""))
+        share = macs * B * peak / (1422 * 768 * 3072e-9) / other
+        print(f"{name:23s} {one * 1e3:8.0f} ms {other * 1e3:6.0f} ms {median(y / x for x, y in times):5.2f}"
+              + f"{share:9.0%}" * (macs > 0), flush=True)
         if name in steps:
             one, other = (memory[way] for way in steps[name])
-            print(f"{'  its memory':23s} {one:7.2f} GiB {other:5.2f} GiB {other / one:5.2f}")
+            print(f"{'  its memory':23s} {one:7.2f} GiB {other:5.2f} GiB {other / one:5.2f}", flush=True)
+    print(f"\npeak: {2 * 1422 * 768 * 3072e-9 / peak:.0f} GFLOP/s, the fastest product 1422 x 768 x 3072 so far")
 
 
 def bench_gpu(size):

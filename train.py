@@ -127,7 +127,7 @@ TASKS = {
     "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1", (7e-4, 32, 30_000)),
     "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 16, 8_000)),
     "pretrain": Task("webvid", ("matching", "mlm"), pretrain_loss, "matching + MLM accuracy", (7e-4, 32, 16_000)),
-    "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy", (7e-4, 32, 16_000)),
+    "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy", (3e-2, 32, 16_000)),
 }
 HEAD_LR = 10                                                # heads of a pre-trained model learn so much faster; toy: 1
 
