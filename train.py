@@ -123,9 +123,9 @@ class Task:
 
 TASKS = {
     "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 49_600)),
-    "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy", (6e-4, 16, 8_000)),
+    "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy", (6e-4, 8, 8_000)),
     "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1", (7e-4, 32, 30_000)),
-    "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 16, 8_000)),
+    "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 8, 8_000)),
     "pretrain": Task("webvid", ("matching", "mlm"), pretrain_loss, "matching + MLM accuracy", (7e-4, 32, 16_000)),
     "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy", (3e-2, 32, 16_000)),
 }
