@@ -368,6 +368,16 @@ def by_kind(records, train, root):
     return table
 
 
+BASELINES = ("chance", "majority", "order-blind")
+
+
+def baselines(kinds):
+    """What the first metric is to be compared with, out of by_kind: {name: share or None}."""
+    if {"Q->A", "QA->R"} <= kinds.keys():                   # Q->AR: both are to be right
+        return dict.fromkeys(BASELINES) | {"chance": kinds["Q->A"]["chance"] * kinds["QA->R"]["chance"]}
+    return {name: kinds["all"][name] if kinds else None for name in BASELINES}
+
+
 def figure(name, value):
     return f"{name} {value:g}" if name.endswith(("MedR", "MeanR", "missing")) or value > 1 else f"{name} {value:.2%}"
 
@@ -615,10 +625,10 @@ def curves(folder):
     """SVG of a run: training losses with that of a guess (ln of the number of choices), and validation in percent with
     the chance and the order-blind ceiling of the test, where they are known."""
     config, log, test = read_run(folder)
-    kinds = (test or {}).get("kinds", {}).get("all", {})
+    known = baselines(test["kinds"] if test else {})
     choices = {"vqa": config["answers"], "action": config["answers"], "vcr": 4, "matching": 2, "mlm": config["vocab"],
                "contrast": (config["batch"] // config["accum"]) ** 2,                     # both directions
-               "choice": 1 / kinds["chance"] if kinds else None}
+               "choice": 1 / known["chance"] if known["chance"] else None}
     train, val = [line for line in log if "val" not in line], [line for line in log if "val" in line]
     if not train:
         raise UserError(f"{folder}/metrics.jsonl has no line yet; let train.py run on")
@@ -630,8 +640,8 @@ def curves(folder):
         points = [(line["step"], 100 * line["val"][name]) for line in val]
         if max(v for _, v in points) <= 100 and points not in shares.values() and len(shares) < 3:
             shares[name] = points
-    levels = {f"{name}, test": (100 * kinds[name], color)
-              for name, color in (("chance", SOFT), ("order-blind", "#b93a20")) if kinds.get(name)}
+    levels = {f"{name}, test": (100 * known[name], color)
+              for name, color in (("chance", SOFT), ("order-blind", "#b93a20")) if known[name]}
     end = log[-1]["step"]
     return svg(800, 560, label(24, 34, Path(folder).resolve().name, size=17, weight=600),
                *panel(86, "Training loss (nats)", "", losses, guess, end),
@@ -641,7 +651,8 @@ def curves(folder):
 
 def compare(folders):
     """A Markdown table of the test figures of runs, mean and standard deviation over seeds: a row for each group of
-    runs that differ in nothing else, with only the settings that vary; below, chance and the order-blind ceiling."""
+    runs that differ in nothing else, with the settings that vary within a benchmark. Runs of one benchmark are told
+    apart by kind of question, with baselines below; those of several by their first metric, with baselines beside."""
     groups, lines = {}, []
     for folder in sorted(map(str, folders)):
         config, _, test = read_run(folder)
@@ -657,28 +668,43 @@ def compare(folders):
     if not groups:
         raise UserError("not one of these runs has a test.json; let train.py finish")
     configs, tests = [json.loads(text) for text in groups], [[*seeds.values()] for seeds in groups.values()]
-    if len({str(config["benchmarks"]) for config in configs}) > 1:
-        raise UserError(f"{len(groups)} groups of runs are of several benchmarks; compare those of one")
-    varies = [name for name in configs[0] if len({str(config.get(name)) for config in configs}) > 1]
-    kinds = tests[0][0]["kinds"]
-    shown = ["all", *sorted([*kinds][:-1])[:9]] if len(kinds) > 2 else ["all"] if kinds else []
-    figures = [[[test["kinds"][kind]["accuracy"] for test in some] for kind in shown] or
-               [[next(iter(test.values())) for test in some]] for some in tests]
+    alike = defaultdict(list)
+    for config in configs:
+        alike[",".join(config["benchmarks"])].append(config)
+    differ = lambda name: any(len({str(config.get(name)) for config in some}) > 1 for some in alike.values())
+    varies, share = [name for name in configs[0] if differ(name)], lambda x: "-" if x is None else f"{100 * x:.1f}"
 
     def spread(values):
-        return f"{100 * np.mean(values):.1f}" + (f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+        return share(np.mean(values)) + (f" ± {share(np.std(values, ddof=1))}" if len(values) > 1 else "")
 
-    heads = [*varies, "runs", *(shown or [next(iter(tests[0][0]))])]
-    rows = [[*(str(config.get(name)) for name in varies), str(len(some)), *map(spread, values)]
-            for config, some, values in zip(configs, tests, figures)]
-    for name in ("chance", "order-blind"):
-        if kinds and kinds["all"][name] is not None:
-            blank = [""] * len(varies)
-            rows.append([*(name, *blank)[:len(varies) + 1], *(f"{100 * kinds[kind][name]:.1f}" for kind in shown)])
+    def row(config, some, *figures):
+        return [*(str(config.get(name)) for name in varies), str(len(some)), *map(spread, figures)]
+
+    first = [[next(iter(test.values())) for test in some] for some in tests]
+    kinds = tests[0][0]["kinds"]
+    if len(alike) > 1:                                      # a row each, its baselines beside
+        heads = ["benchmark", *varies, "runs", "figure", "in %", *BASELINES, "published, of the real benchmark"]
+        rows = []
+        for config, some, values in zip(configs, tests, first):
+            *told, figure = row(config, some, values)
+            names, beside = config["benchmarks"], baselines(some[0]["kinds"])
+            rows.append([",".join(names), *told, next(iter(some[0])), figure, *(share(beside[k]) for k in BASELINES),
+                         BENCHMARKS[names[0]].paper or "-"])
+        rows.sort(key=lambda cells: [*BENCHMARKS].index(cells[0].split(",")[0]))
+    else:                                                   # the kinds of question side by side
+        shown = ["all", *sorted([*kinds][:-1])[:9]] if len(kinds) > 2 else []
+        heads, rows = [*varies, "runs", *(shown or [next(iter(tests[0][0]))])], []
+        for config, some, values in zip(configs, tests, first):
+            by = [[test["kinds"][kind]["accuracy"] for test in some] for kind in shown]
+            rows.append(row(config, some, *(by or [values])))
+        for name in ("chance", "order-blind"):
+            below = [kinds[kind][name] for kind in shown] or [baselines(kinds)[name]]
+            if None not in below:
+                rows.append([*(name, *[""] * len(varies))[:len(varies) + 1], *map(share, below)])
     wide = [max(map(len, column)) for column in zip(heads, *rows)]
     line = lambda cells: "| " + " | ".join(cell.ljust(n) for cell, n in zip(cells, wide)) + " |"
     return [*lines, line(heads), line(["-" * n for n in wide]), *map(line, rows), "",
-            "accuracy in %, mean ± standard deviation over seeds"]
+            "test figures in %, mean ± standard deviation over seeds"]
 
 
 # ---- one page about an evaluation (--report) ------------------------------------------------------------------------
@@ -771,10 +797,7 @@ def page(title, about, model, clips, metrics, records, table):
     trials = len(records) // (2 if recipe.task == "vcr" else 1)                 # Q->AR: two rows are one trial
     name, value = next(iter(metrics.items()))
     head = {"name": name, "value": value, "interval": wilson(value, trials) if trials else None}
-    if {"Q->A", "QA->R"} <= table.keys():                   # both are to be right
-        head["chance"] = table["Q->A"]["chance"] * table["QA->R"]["chance"]
-    elif table:
-        head |= {k: table["all"][k] for k in ("chance", "majority", "order-blind")}
+    head |= baselines(table)
     groups = roll_groups(config.grid, config.grid, config.fraction, config.roll if recipe.T > 1 else "none")
     data = {"title": title, "about": about, "head": head, "total": len(records), "pictures": pictures, "items": items,
             "metrics": [figure(k, v) for k, v in metrics.items()],

@@ -2420,14 +2420,32 @@ def test_compare_groups_runs_by_what_varies(tmp_path, monkeypatch):
         ["None", "spread", "1", "33.3", "50.0", "33.3"],
         ["chance", "", "", "25.0", "25.0", "25.0"], ["order-blind", "", "", "75.0", "100.0", "50.0"]]
 
+def test_compare_puts_several_benchmarks_side_by_side(tmp_path, monkeypatch):
+    """A row each in the registry's order, by the first metric, with its baselines and the published figure; only what
+    varies within a benchmark is told. Q->AR by luck: a quarter of a quarter."""
+    monkeypatch.chdir(tmp_path)
+    half = {"questions": 9, "accuracy": 0.5, "chance": 0.25, "majority": 0.3, "order-blind": 0.6}
+    run_folder("v", {"Q->AR": 0.3, "kinds": {"Q->A": half, "QA->R": half, "all": half}}, benchmarks=["vcr"], lr=3)
+    run_folder("w", {"VTM": 0.9, "kinds": {}}, benchmarks=["webvid", "cc3m"])
+    for seed in (0, 1):
+        for roll in ("none", "spread"):
+            run_folder(f"q{seed}{roll}", figures_of(0.25 + seed / 2), seed=seed, roll=roll)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in eval.compare("v w q0none q0spread q1none "
+                                                                                     "q1spread".split())[:-2]]
+    question = ["2", "accuracy", "50.0 ± 35.4", "25.0", "30.0", "75.0", BENCHMARKS["msrvtt-qa"].paper]
+    assert cells[:1] + cells[2:] == [
+        ["benchmark", "roll", "runs", "figure", "in %", "chance", "majority", "order-blind",
+         "published, of the real benchmark"],
+        ["msrvtt-qa", "none", *question], ["msrvtt-qa", "spread", *question],
+        ["vcr", "spread", "1", "Q->AR", "30.0", "6.2", "-", "-", "-"],
+        ["webvid,cc3m", "spread", "1", "VTM", "90.0", "-", "-", "-", "-"]]
+
 def test_compare_refuses(tmp_path, monkeypatch):
-    """No run, none that is finished, the same run twice, several benchmarks: one line each."""
+    """No run, none that is finished, the same run twice: one line each."""
     monkeypatch.chdir(tmp_path)
     run_folder("a", figures_of(0.5)), run_folder("b", figures_of(0.5)), run_folder("c")
-    run_folder("d", figures_of(0.5), benchmarks=["msvd-qa"])
     for runs, line in ((["none"], "none is no run of train.py"), (["c"], "not one of these runs has a test.json"),
-                       (["a", "b"], "b: another run of the same settings has seed 0"),
-                       (["a", "d"], "several benchmarks")):
+                       (["a", "b"], "b: another run of the same settings has seed 0")):
         with pytest.raises(UserError, match=line):
             eval.compare(runs)
 
