@@ -3026,6 +3026,9 @@ def mistakes(world, tmp_path_factory):
     write(folder, {"empty/train_qa.json": "", "norows/train_qa.json": "[]", "pairs/MSRVTT_JSFUSION_test.csv": PAIRS,
                    "pairs/MSRVTT_data.json": sentences(0, 1, 9770), "pairs/videos/all/video9770.mp4": ""})
     torch.save(AllInOne(SMALL).state_dict(), folder / "foreign.pt")
+    text = Path(world("msrvtt"), "tokenizer.json").read_text()
+    other = {"red": "blue", "blue": "red"}
+    write(folder, {"swapped.json": re.sub('"(red|blue)": ', lambda m: f'"{other[m[1]]}": ', text)})
     return folder
 
 MISTAKES = [
@@ -3047,6 +3050,7 @@ MISTAKES = [
     ("train --out old", "old already holds a run; pass --resume"),
     ("train --out old --resume --steps 1 --seed 3", "another run than old: seed was 0, now 3; use"),
     ("train --out old --resume --steps 1 --frames 2", "another run than old: frames was 3, now 2; use"),
+    ("train --out old --resume --steps 1 --tokenizer swapped.json", "than old: tokenizer was crc32 .*, now crc32"),
     *(pytest.param(f"train {wrong}", wrong.split()[0]) for wrong in (
         "--accum 0", "--steps -1", "--frames -1", "--views 0", "--workers -1", "--device nope", "--lr 0", "--batch 0")),
     ("eval", "no checkpoint given"), ("eval none.pt", "none.pt is not a file"),

@@ -15,6 +15,7 @@ import math
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -383,7 +384,7 @@ def train(args):
     settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr,
                 "batch": batch, "accum": args.accum, "processes": world, "device": device.type, "steps": total,
                 "seed": args.seed, "contrast": args.contrast, "amp": args.amp, "views": args.views,
-                "rerank": args.rerank}
+                "rerank": args.rerank, "tokenizer": f"crc32 {zlib.crc32(words.tokenizer.to_str().encode()):08x}"}
     last = from_first(lambda: open_run(out, settings, args.resume))
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, head_lr), betas=(0.9, 0.98), fused=True)
     peaks, first, best, bad = [group["lr"] for group in optimizer.param_groups], 0, -math.inf, {}
