@@ -14,6 +14,7 @@ Axes, the same letters in every file:
 import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # before the first tensor: huge pages, or a CPU spends more time
 import argparse                                         # on getting memory than on arithmetic that fills it
+import contextlib
 import math
 import multiprocessing
 import re
@@ -39,15 +40,28 @@ class UserError(ValueError):
 
 
 def run_main(script, main):
-    """main(); a UserError is one line and exit code 2, a reader who closes the pipe early (| head) is no mistake."""
+    """main(); a UserError is one line and exit code 2, Ctrl-C is 130; a reader who closes the pipe early (| head) is no
+    mistake."""
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def writing(path, otherwise="choose another place"):
+    """Whatever hinders writing becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room there, or {otherwise}") from None
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -503,7 +517,7 @@ def load_weights(model, path, answers=None):
     theirs = {**read_shapes(path, named), "heads": meta.get("config", {}).get("heads", config.heads)}
     for field in ("width", "layers", "heads", "patch", "vocab"):
         if theirs.get(field, getattr(config, field)) != getattr(config, field):
-            mend = "choose its own with --tokenizer" if field == "vocab" else "leave out --size to take the file's"
+            mend = "choose its own with --tokenizer" if field == "vocab" else "leave out --size and --set"
             raise UserError(f"{path} has {field} {theirs[field]}, this model {getattr(config, field)}; {mend}")
 
     for new, old in (("heads.rank.weight", "heads.matching.weight"), ("heads.rank.bias", "heads.matching.bias")):

@@ -1,10 +1,16 @@
 """Data: exact frames out of any video (PyAV), words into tokens, and the readers of every benchmark, into batches.
 
-    python data.py FOLDER_OR_FILE...            what is in these clips: frames, seconds, and the frames evaluation picks
-    python data.py --bench FILE...              milliseconds per clip, beside decoding everything and other libraries
+    python data.py CLIP...              in these files or folders of pictures: frames, seconds, what is looked at
+    python data.py --bench FILE...      milliseconds per clip, beside decoding everything and other libraries
 
-A batch is a dict of tensors: frames (B, T, 3, R, R) uint8, words (B, L) or (B, A, L), keep (the same shape, True at
-real words), and what the task needs to be right.
+A batch is a dict:
+    frames  (B, T, 3, R, R) uint8; with V views (B, V, T, 3, R, R)
+    words   (B, L) int64 ids; (B, A, L) with A options; (B, 3, L) in pre-training: to match, with masks, as it is
+    keep    bool, the shape of words, True at real words
+    target  (B,) the class, -1: counts for nothing
+    labels  (B, L) in pre-training: the masked ids, -100 elsewhere
+    index   (B,) places in the data set
+    errors  {index: cause} of the clips that cannot be read; the only entry where none can
 """
 import argparse
 import ast
@@ -354,7 +360,7 @@ class Benchmark:
     answers: int | None = None       # size of the closed answer list as published, or the number of classes
     join: str = "options"            # "question Options: o1 .. Answer: oi" | "pair": question [SEP] oi | "bare": oi
     length: int = 40                 # L, tokens with [CLS] and [SEP]
-    still: bool = False              # pictures, read as clips of one frame
+    still: bool = False              # clips of one frame, not of T times the same picture
     flip: bool = False               # may training mirror the picture? never where left or right can be the answer
     rows: dict = field(default_factory=dict)  # official number of examples per split; absent: unknown
     paper: str = ""                  # the published All-in-one figure and its source; "": none found
@@ -935,7 +941,7 @@ def read_own(task, root, split):
 
 NO_VAL, HIDDEN = {"train": "train", "test": "test"}, {"train": "train", "test": "val (the labels of test are hidden)"}
 DRAWN = {"train": "captions of other clips, drawn distractors", "test": "test"}
-ACC, RANKS, MATCH = "accuracy", "R@1/5/10, MedR", "VTM and MLM accuracy"
+ACC, RANKS, MATCH = "accuracy", "R@1/5/10, MedR", "matching + MLM accuracy"
 BENCHMARKS = {
     "tgif-action": Benchmark(
         "tgif", "choice", GIFS("{}_action_question.csv", "action_{1}.jsonl")(tgif_choice), NO_VAL, ACC, 1 / 5,
@@ -976,7 +982,7 @@ BENCHMARKS = {
         "ego4d", "choice", read_ego4d_mc, DRAWN, ACC, 1 / 4, join="bare",
         paper="36.5 zero-shot (released EVAL.md; paper 36.5)"),
     "vcr": Benchmark(
-        "vcr", "vcr", read_vcr, HIDDEN, "Q->A, QA->R, Q->AR", 1 / 4, join="pair",
+        "vcr", "vcr", read_vcr, HIDDEN, "Q->AR, Q->A, QA->R", 1 / 16, join="pair",
         rows={"train": 2 * 212923, "test": 2 * 26534}),
     "webvid": Benchmark("webvid", "pretrain", read_webvid, {"train": "train", "test": "val"}, MATCH),
     "howto100m": Benchmark("howto100m", "pretrain", read_howto100m, {"train": "train"}, MATCH),
@@ -1013,16 +1019,18 @@ def load_split(name, root, split):
         raise UserError(f"{name} has no split {split!r}; it has {' '.join(known)}")
     read = partial(read_own, b.task) if own else b.read
     held = split != "test" and not has_split(name, root, "val")
-    examples = hold_out(read(root, "train"), split) if held else read(root, split)
+    rows = "train" if held else split
+    examples = read(root, rows)
     if not examples:
-        raise UserError(f"{root}: no rows for {split!r} of {name}" + own * '; mark some with "split"')
+        raise UserError(f"{root}: no rows for {rows!r} of {name}" + own * '; mark some with "split"')
+    examples = hold_out(examples, split) if held else examples
     if held and split == "val" and b.task == "retrieval":
         examples = [replace(e, captions=e.captions[:1]) for e in examples]
     return examples
 
 
 def has_split(name, root, split):
-    """Do the owners give this split? Some have no val, pre-training sets no test, one's own .jsonl may lack either."""
+    """Do the owners give this split? Some have no val, howto100m has no test, one's own .jsonl may lack either."""
     return bool(read_jsonl_file(root, split)) if root.endswith(".jsonl") else split in BENCHMARKS[name].splits
 
 
@@ -1306,6 +1314,7 @@ def loader(clips, batches, workers, pad):
 
 def be_nice(worker):
     os.nice(10)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C reaches all processes of a terminal
     if hasattr(signal, "sigwaitinfo"):                      # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_parent_alone, daemon=True).start()

@@ -1,10 +1,12 @@
 """Evaluation: every benchmark by its own protocol, and questions about your own video.
 
-    python eval.py runs/msrvtt-qa/best.pt                                        the test figure of a training run
-    python eval.py runs/msrvtt-qa/best.pt --video clip.mp4 --ask "what shape is it?"
-    python eval.py runs/msrvtt-qa/best.pt --report page.html                     and one page about it
-    python eval.py --list                                                        the benchmarks
-    python eval.py --compare runs/abl-*                                          a table over seeds
+    python eval.py RUN/best.pt                                           the test figure of a training run
+    python eval.py RUN/best.pt --report page.html                        and one page about it
+    python eval.py RUN/best.pt --video clip.mp4 --ask "what shape is it?"
+    python eval.py RUN/best.pt --search "a red ring" --videos FOLDER     the clips nearest to a text
+    python eval.py --list                                                the benchmarks
+    python eval.py --compare RUN...                                      a table over seeds
+    python eval.py --plot RUN...                                         curves of loss and validation
 """
 import argparse
 import base64
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from allinone import AllInOne, Config, UserError, millions, read_weights, run_main
+from allinone import AllInOne, UserError, millions, read_config, read_weights, run_main, writing
 from data import (BENCHMARKS, MEDIA, Clips, MissingMedia, Recipe, Words, collate, encode_picture, find_media,
                   frame_indices, has_split, load_split, loader, opens, read_frames)
 from rolling import FRAMES, LINE, SOFT, box, label, roll_groups, roll_tokens, svg
@@ -307,10 +309,10 @@ FINISH = {"vqa": finish_answers, "action": finish_answers, "choice": finish_answ
 
 # ---- what is printed ------------------------------------------------------------------------------------------------
 
-def survey(parts, roots, allow_missing=False, sample=200):
+def survey(parts, roots, split, allow_missing=False, sample=200):
     """One line on a split: rows, clips listed, found, missing and unreadable. To open all would take too long: of those
     found `sample` at most, evenly spaced, are opened; training and evaluation count what else they meet.
-    Raises UserError where more than 1 % are missing, or of those opened more than 1 % unreadable."""
+    Raises UserError where any are missing or unreadable; of "train" only where more than 1 % are."""
     listed = sorted({(root, e.media) for part, root in zip(parts, roots) for e in part})
     found, missing = [], []
     for root, media in listed:
@@ -320,10 +322,12 @@ def survey(parts, roots, allow_missing=False, sample=200):
             missing.append(str(error))
     opened = found[::max(1, math.ceil(len(found) / sample))]
     unreadable = [f"{path} is empty or cannot be opened" for path in opened if not opens(path)]
+    share, limit, how = ((0.01, "more than 1 %", "to go on without them") if split == "train" else
+                         (0, "and evaluation leaves none out", "to count them as wrong"))
     for bad, all, what in ((missing, listed, "clips are missing"), (unreadable, opened, "clips opened are unreadable")):
-        if len(bad) > 0.01 * len(all) and not allow_missing:
-            raise UserError(f"{len(bad)} of {len(all)} {what}, more than 1 %; the first: {bad[0]}; "
-                            "mend this, or pass --allow-missing to go on without them")
+        if len(bad) > share * len(all) and not allow_missing:
+            raise UserError(f"{len(bad)} of {len(all)} {what}, {limit}; the first: {bad[0]}; "
+                            f"mend this, or pass --allow-missing {how}")
     rows = [e for part in parts for e in part]
     majority = Counter(e.answer for e in rows if isinstance(e.answer, str)).most_common(1)
     return (f"{len(rows)} rows; clips: {len(listed)} listed, {len(found)} found, {len(missing)} missing, "
@@ -339,9 +343,10 @@ def coverage(examples, answers):
 
 def by_kind(records, train, root):
     """{kind: {questions, accuracy, chance, majority, order-blind}}, the most frequent kind first, "all" the last; in
-    shares of 1. Chance and majority are those of the training answers of that kind; order-blind is the ceiling of a
-    model that does not see the order of frames, where the data folder states it (order_blind.json, {kind: share}),
-    else None. Retrieval: "all" alone, accuracy being R@1."""
+    shares of 1. Chance and majority are those of the training answers of that kind (of all kinds, where it has none),
+    None without training rows; order-blind is the ceiling of a model that does not see the order of frames, where the
+    data folder states it (order_blind.json, {kind: share}), else None. Examples that have no question, and retrieval,
+    whose accuracy is R@1: "all" alone."""
     if not records:
         return {}
     if "rank" in records[0]:
@@ -354,16 +359,19 @@ def by_kind(records, train, root):
     for e in train:
         answer = e.options[e.answer] if e.options else f"class {e.answer}" if isinstance(e.answer, int) else e.answer
         answers[e.kind][answer] += 1
+    known = len({answer for some in answers.values() for answer in some})
     for r in records:
         rows[r["kind"]].append(r)
     table = {}
-    for kind, some in [*sorted(rows.items(), key=lambda item: -len(item[1])), ("all", records)]:
+    named = sorted((item for item in rows.items() if item[0]), key=lambda item: -len(item[1]))
+    for kind, some in [*named, ("all", records)]:
         mean = lambda value: sum(map(value, some)) / len(some)
+        baseline = lambda value: mean(value) if known or all(r["options"] for r in some) else None
         table[kind] = {
             "questions": len(some), "accuracy": accuracy(some),
-            "chance": mean(lambda r: 1 / (r["options"] or max(1, len(answers[r["kind"]])))),
-            "majority": mean(lambda r: 1 / r["options"] if r["options"] else
-                             bool(answers[r["kind"]]) and r["truth"] == answers[r["kind"]].most_common(1)[0][0]),
+            "chance": baseline(lambda r: 1 / (r["options"] or len(answers[r["kind"]]) or known)),
+            "majority": baseline(lambda r: 1 / r["options"] if r["options"] else
+                                 bool(answers[r["kind"]]) and r["truth"] == answers[r["kind"]].most_common(1)[0][0]),
             "order-blind": mean(lambda r: blind.get(r["kind"], 1.0)) if blind else None}
     return table
 
@@ -385,14 +393,14 @@ def figure(name, value):
 def report(metrics, table, split="test", most=9):
     """The lines that end a run: metrics, and for questions the table of by_kind."""
     lines = [f"{split}: " + ", ".join(figure(k, v) for k, v in metrics.items())]
-    if not table or table["all"]["majority"] is None:
+    if not table or len(table) == 1 and table["all"]["majority"] is None:
         return lines
+    share = lambda value: "-" if value is None else f"{value:.1%}"
     lines.append("kind             questions  accuracy  chance  majority  order-blind")
     for kind in [*sorted([*table][:-1][:most]), "all"]:
         row = table[kind]
-        ceiling = "-" if row["order-blind"] is None else f"{row['order-blind']:.1%}"
-        lines.append(f"{kind:16s} {row['questions']:9d} {row['accuracy']:9.1%} {row['chance']:7.1%} "
-                     f"{row['majority']:9.1%} {ceiling:>12s}")
+        lines.append(f"{kind:16s} {row['questions']:9d} {row['accuracy']:9.1%} {share(row['chance']):>7s} "
+                     f"{share(row['majority']):>9s} {share(row['order-blind']):>12s}")
     return lines
 
 
@@ -429,15 +437,6 @@ def device_of(name=None):
                         + ", cuda" * torch.cuda.is_available()) from None
 
 
-@contextlib.contextmanager
-def writing(path, otherwise="choose another place"):
-    """Whatever hinders writing becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; make room there, or {otherwise}") from None
-
-
 def roots_of(data, names, known=(), beside="data/toy"):
     """One data folder per benchmark: out of --data, or else the known one, or the one beside it. Those of the toy world
     are made if absent."""
@@ -464,7 +463,7 @@ def load_model(path, device="cpu"):
     if source != "ours" or "task" not in meta:
         raise UserError(f"{path} is no checkpoint of train.py but {source}; "
                         f"fine-tune it first: train.py --task ... --init {path}")
-    model = AllInOne(Config(**meta["config"]), meta["heads"])
+    model = AllInOne(read_config(path), meta["heads"])
     model.load_state_dict(tensors)
     return model.eval().to(device), meta, Words.from_json(meta["tokenizer"])
 
@@ -637,9 +636,9 @@ def curves(folder):
              for name, color in zip(losses, FRAMES) if choices[name]}
     shares = {}
     for name in val[0]["val"] if val else ():
-        points = [(line["step"], 100 * line["val"][name]) for line in val]
-        if max(v for _, v in points) <= 100 and points not in shares.values() and len(shares) < 3:
-            shares[name] = points
+        if not name.endswith(("missing", "MedR", "MeanR")) and len(shares) < 3:
+            points = [(line["step"], 100 * line["val"][name]) for line in val]
+            shares |= {name: points} if points not in shares.values() else {}
     levels = {f"{name}, test": (100 * known[name], color)
               for name, color in (("chance", SOFT), ("order-blind", "#b93a20")) if known[name]}
     end = log[-1]["step"]
@@ -692,7 +691,9 @@ def compare(folders):
                          BENCHMARKS[names[0]].paper or "-"])
         rows.sort(key=lambda cells: [*BENCHMARKS].index(cells[0].split(",")[0]))
     else:                                                   # the kinds of question side by side
-        shown = ["all", *sorted([*kinds][:-1])[:9]] if len(kinds) > 2 else []
+        common = set.intersection(*(set(test["kinds"]) for some in tests for test in some))
+        several = len(common) > 2 and "Q->A" not in common  # VCR's Q->AR is no kind
+        shown = ["all", *sorted(common - {"all"})[:9]] if several else []
         heads, rows = [*varies, "runs", *(shown or [next(iter(tests[0][0]))])], []
         for config, some, values in zip(configs, tests, first):
             by = [[test["kinds"][kind]["accuracy"] for test in some] for kind in shown]
@@ -1021,7 +1022,7 @@ if (data.items.length) {
   document.body.append(
     make("h2", "", data.retrieval ? "Texts and the clips found for them" : "Clips as the model saw them"),
     make("p", "soft", `${data.items.length} of ${data.total}, spread evenly over kinds, right and wrong: ` +
-      "not a fair sample. " + (data.retrieval ? "Above: the right clip. Below: the five nearest, by cosine." :
+      "not a fair sample. " + (data.retrieval ? "Above: the right clip. Below: the first five, with their cosines." :
       "Click a word: the more orange a patch, the more the word looks at it (mean of the heads; full orange: its " +
       "most in that layer). A rolled token is drawn where it comes from." + (data.forward.length ?
       " Before each layer, tokens marked ▸ go on to the next frame, ◂ to the one before." : ""))),
@@ -1049,7 +1050,8 @@ def arguments():
     data.add_argument("--data", help="folder of the dataset, or a .jsonl (default: that of the checkpoint)")
     data.add_argument("--report", metavar="HTML",
                       help="write one page: the figures; clips with what the model saw and said")
-    data.add_argument("--predictions", metavar="JSONL", help="write a line per test item: id, prediction, truth, score")
+    data.add_argument("--predictions", metavar="JSONL", help="write a line per test item: id, prediction, truth, "
+                      "score (retrieval: the rank of the right clip, null if it cannot be read)")
     data.add_argument("--views", type=int, help="sets of frames a clip, scores averaged (default: as trained)")
     data.add_argument("--rerank", type=int, metavar="K",
                       help="retrieval: the matching head orders the first K anew (default: as trained)")
@@ -1058,7 +1060,7 @@ def arguments():
                       help="decoding processes (here default %(default)s)")
     data.add_argument("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
     data.add_argument("--amp", action="store_true", help="bfloat16 autocast (default: float32)")
-    own.add_argument("--video", metavar="FILE", help="whatever PyAV opens, or a folder of pictures")
+    own.add_argument("--video", metavar="FILE", help="a video, a gif, a picture, or a folder of pictures")
     own.add_argument("--ask", metavar="TEXT", default="", help="a question about it")
     own.add_argument("--options", metavar="TEXT", nargs="+", default=(), help="answers to choose from")
     own.add_argument("--caption", metavar="TEXT", nargs="+", default=(),
@@ -1113,7 +1115,7 @@ def evaluate_all(args, model, meta, words):
     if args.report and len(names) > 1:
         raise UserError(f"--report is about one benchmark; choose with --benchmark out of {','.join(names)}")
     for name, root in zip(names, roots_of(args.data, names, trained, Path(meta["data"][0]).parent)):
-        bench, K = BENCHMARKS[name], meta.get("rerank", 0) if args.rerank is None else args.rerank
+        bench, K = BENCHMARKS[name], meta["rerank"] if args.rerank is None else args.rerank
         head, lacks = next((head for head in NEEDS[bench.task] if head in model.heads), None), None
         if head is None:
             lacks = f"the {' or '.join(NEEDS[bench.task])} head"
@@ -1124,16 +1126,24 @@ def evaluate_all(args, model, meta, words):
         if lacks:
             raise UserError(f"{name} needs {lacks} that {args.checkpoint}, trained for {','.join(trained)}, has not; "
                             f"fine-tune: python train.py --task {bench.task} --benchmark {name} "
-                            f"--init {args.checkpoint}")
+                            f"--init {args.checkpoint}" + f" --rerank {K}" * (bench.task == "retrieval" and K > 0))
+        if bench.task == "pretrain" and (args.views or 1) > 1:
+            raise UserError(f"--views {args.views}: {name} is no task of answering or finding; leave it out")
         split = "test" if has_split(name, root, "test") else "val"
         rows = load_split(name, root, split)
-        train = load_split(name, root, "train") if bench.task in ("vqa", "action") else []
         recipe = Recipe(bench.task, words, bench.join, 1 if bench.still else model.config.frames, model.config.image,
                         model.config.words, {a: i for i, a in enumerate(meta["answers"])},
                         views=args.views or meta["views"], rerank=K)
-        print(f"{name} {split}: {survey([rows], [root], args.allow_missing)}"
+        print(f"{name} {split}: {survey([rows], [root], split, args.allow_missing)}"
               + ("; zero-shot, by the matching head" if bench.task in ("choice", "vcr") and head != "choice" else ""))
-        clips = Clips(rows, root, recipe)
+        train, clips = [], Clips(rows, root, recipe)
+        if bench.task in ("vqa", "action"):
+            try:
+                train = load_split(name, root, "train")
+            except UserError as error:
+                print(f"no chance and majority, which need the training rows: {error}")
+        if bench.task == "vqa":
+            train = [e for e in train if e.answer in recipe.answers]
         metrics, records = evaluate(model, clips, args.allow_missing,
                                     batch=args.batch, workers=args.workers, amp=args.amp)
         table = by_kind(records, train, root)
@@ -1146,7 +1156,9 @@ def evaluate_all(args, model, meta, words):
             with writing(args.report):
                 Path(args.report).write_text(text, encoding="utf-8")
             print(f"report: {args.report}, {len(text) / 1e6:.1f} MB; open it in a browser")
-        said += [json.dumps({k: r[k] for k in ("id", "prediction", "truth", "score")}) + "\n" for r in records]
+        for r in records:
+            score = None if r["score"] == math.inf else r["score"]
+            said.append(json.dumps({k: r[k] for k in ("id", "prediction", "truth")} | {"score": score}) + "\n")
     if args.predictions:
         with writing(args.predictions):
             Path(args.predictions).write_text("".join(said))

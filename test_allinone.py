@@ -180,6 +180,14 @@ def test_a_reader_may_close_the_pipe(monkeypatch):
         monkeypatch.setattr(sys, "stdout", out)
         run_main("x.py", lambda: print("a line"))
 
+def test_ctrl_c_is_one_line(capsys):
+    """Anywhere but in the training loop, which saves first: no traceback, and the code that shells expect."""
+    def pressed():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as done:
+        run_main("x.py", pressed)
+    assert done.value.code == 130 and capsys.readouterr().err == "x.py: interrupted\n"
+
 # ---- allinone: helpers ----------------------------------------------------------------------------------------------
 
 SMALL = Config(width=32, layers=3, heads=2, image=32, patch=8, frames=4, words=10, vocab=50, answers=5, embed=8,
@@ -611,7 +619,7 @@ def test_own_checkpoint_comes_back(tmp_path):
         assert line == f"loaded 59/65 tensors; new: answer.* (6); dropped: answer.* (6: {why})"
     line = built(TINY, path, ("rank",))[1]
     assert line.startswith("loaded 41/41") and "dropped: matching.* (2: no matching head in this run), mlm.* (6" in line
-    with pytest.raises(UserError, match="heads 3, this model 4; leave out --size"):
+    with pytest.raises(UserError, match="heads 3, this model 4; leave out --size and --set$"):
         built(replace(TINY, heads=4), path)
     path = saved(tmp_path, {"model": model.state_dict() | {"extra": torch.ones(1)}, "config": {"beams": 3}})
     with pytest.raises(UserError, match="without a place here: extra"):
@@ -2095,6 +2103,23 @@ def test_order_blind_pairs(world, name):
                 asked += 1
         assert asked or benchmark == "tgif-frame"
 
+def test_toy_py(tmp_path, monkeypatch, capsys):
+    """What is there already stays and is said to; a seed below 0 or a file in the way is one line."""
+    def called(*flags):
+        monkeypatch.setattr(sys, "argv", ["toy.py", *map(str, flags)])
+        run_main("toy.py", toy.main)
+        return capsys.readouterr()
+    monkeypatch.setattr(toy, "write_world", lambda root, only, seed: os.makedirs(Path(root, *only), exist_ok=True))
+    monkeypatch.setattr(toy, "contact_sheet", lambda root, name: None)
+    assert called(tmp_path / "w", "--only", "vcr").out == ""
+    assert f"{tmp_path}/w/vcr is there already and stays" in called(tmp_path / "w", "--only", "vcr").out
+    write(tmp_path, {"file": "x"})
+    for flags, line in (((tmp_path, "--seed", -1), "--seed -1: a number from 0"),
+                        ((tmp_path / "file",), "file cannot be written")):
+        with pytest.raises(SystemExit):
+            called(*flags)
+        assert line in capsys.readouterr().err
+
 # ---- eval: metrics --------------------------------------------------------------------------------------------------
 
 def test_ranks_and_recall_by_hand():
@@ -2251,22 +2276,29 @@ def test_matching_scores_only_what_is_wanted_in_small_batches(world, words, view
         assert odds[q, c] == pytest.approx((logits[:, 1] - logits[:, 0]).mean().item(), abs=1e-5)
 
 def test_coverage_and_survey(world, tmp_path):
-    """Share of answers in the list; rows, clips, majority; above 1 % missing or unreadable it stops unless allowed."""
+    """Share of answers in the list; rows, clips, majority. Missing or unreadable clips stop it unless allowed: of
+    training more than 1 %, of other splits one."""
     assert coverage([Example("", "", answer=a) for a in "aabc"], ["a", "c"]) == 0.75
     root, rows = world("msrvtt"), [*CLIPS4, replace(CLIPS4[0], id="9", answer="blue")]
-    assert survey([rows], [root]) == ("5 rows; clips: 4 listed, 4 found, 0 missing, 0 unreadable; "
-                                      "majority answer 'red' 80.0%")
-    with pytest.raises(UserError, match="1 of 5 clips are missing, .*no clip 'none'.*--allow-missing"):
-        survey([rows + [Example("x", "none")]], [root])
-    assert "clips: 5 listed, 4 found, 1 missing" in survey([rows + [Example("x", "none")]], [root], allow_missing=True)
+    assert survey([rows], [root], "train") == ("5 rows; clips: 4 listed, 4 found, 0 missing, 0 unreadable; "
+                                               "majority answer 'red' 80.0%")
+    lost = [rows + [Example("x", "none")]], [root]
+    with pytest.raises(UserError, match="1 of 5 clips are missing, more than 1 %; .*no clip 'none'.*to go on without"):
+        survey(*lost, "train")
+    assert "clips: 5 listed, 4 found, 1 missing" in survey(*lost, "train", allow_missing=True)
+    many = [{e.media: e for e in load_split("msrvtt-qa", root, "train")}.values()], [root]
+    many[0][0] = [*many[0][0], Example("x", "none")]
+    assert len(many[0][0]) > 101 and "1 missing" in survey(*many, "train")
+    with pytest.raises(UserError, match="1 of 1.. clips are missing, and evaluation leaves none out; .* as wrong$"):
+        survey(*many, "test")
     video = Path(find_media(root, CLIPS4[0].media)).read_bytes()
     write(tmp_path, {"a.mp4": "", "b.mp4": "no video", "c.mp4": video, "d/1.jpg": "", "e/readme.txt": "",
                      "f.mp4": video[:300]})
     rows = [Example(name, name) for name in "abcdef"]
     with pytest.raises(UserError, match="4 of 6 clips opened are unreadable, .*a.mp4 is empty or .*--allow-missing"):
-        survey([rows], [str(tmp_path)])
-    assert survey([rows], [str(tmp_path)], True) == "6 rows; clips: 6 listed, 6 found, 0 missing, 4 unreadable"
-    told = survey([rows], [str(tmp_path)], True, sample=3)  # a, c and e
+        survey([rows], [str(tmp_path)], "train")
+    assert survey([rows], [str(tmp_path)], "val", True) == "6 rows; clips: 6 listed, 6 found, 0 missing, 4 unreadable"
+    told = survey([rows], [str(tmp_path)], "val", True, sample=3)  # a, c and e
     assert told == "6 rows; clips: 6 listed, 6 found, 0 missing, 2 unreadable (of 3 opened)"
 
 def record(kind, truth, correct, options=0):
@@ -2285,6 +2317,16 @@ def test_report_tells_kinds_chance_and_majority(tmp_path):
     train = [Example("", "", answer=1, options=tuple("abcd"))]
     lines = report({"MedR": 1}, by_kind([record("", "b", True, 4)], train, "nowhere"))
     assert lines[0] == "test: MedR 1" and lines[-1].split() == ["all", "1", "100.0%", "25.0%", "25.0%", "-"]
+
+def test_report_where_training_tells_little():
+    """A kind that training lacks is guessed among all answers, never as if there were one; without training rows
+    nothing is known; examples without a question have no kind of their own."""
+    train = [Example("", "", answer=answer, kind="which") for answer in ("left", "up", "up", "red")]
+    records = [record("who", "left", True), record("which", "up", True)]
+    told = lambda table: [line.split()[3:5] for line in report({"accuracy": 1}, table)[2:]]
+    assert told(by_kind(records, train, "nowhere")) == [["33.3%", "100.0%"], ["33.3%", "0.0%"], ["33.3%", "50.0%"]]
+    assert told(by_kind(records, [], "nowhere")) == [["-", "-"]] * 3
+    assert [*by_kind([record("", "b", True, 4)] * 2, [], "nowhere")] == ["all"]
 
 def test_report_knows_the_majority_class():
     """Actions, whose training answers are numbers and whose records have names, have a majority too."""
@@ -2440,6 +2482,20 @@ def test_compare_puts_several_benchmarks_side_by_side(tmp_path, monkeypatch):
         ["vcr", "spread", "1", "Q->AR", "30.0", "6.2", "-", "-", "-"],
         ["webvid,cc3m", "spread", "1", "VTM", "90.0", "-", "-", "-", "-"]]
 
+def test_compare_knows_what_runs_share(tmp_path, monkeypatch):
+    """Kinds of question that not all runs have are left out; VCR is compared by Q->AR."""
+    monkeypatch.chdir(tmp_path)
+    half = {"questions": 9, "accuracy": 0.5, "chance": 0.25, "majority": 0.3, "order-blind": None}
+    run_folder("a", {"accuracy": 0.4, "kinds": {"which": half, "who": half, "all": half}}, data="a.jsonl")
+    run_folder("b", {"accuracy": 0.6, "kinds": {"which": half, "where": half, "all": half}}, data="b.jsonl")
+    vcr = {"Q->AR": 0.3, "kinds": {"Q->A": half, "QA->R": half, "all": half}}
+    run_folder("c", vcr, benchmarks=["vcr"]), run_folder("d", vcr, benchmarks=["vcr"], roll="none")
+    cells = lambda *runs: [[c.strip() for c in line.split("|")[1:-1]] for line in eval.compare(runs)[:-2]]
+    head, _, one, two, chance = cells("a", "b")
+    assert head[1:] == ["runs", "accuracy"] and (one[2], two[2], chance[2]) == ("40.0", "60.0", "25.0")
+    head, _, none, spread, chance = cells("c", "d")
+    assert head[1:] == ["runs", "Q->AR"] and none[2] == spread[2] == "30.0" and chance[2] == "6.2"
+
 def test_compare_refuses(tmp_path, monkeypatch):
     """No run, none that is finished, the same run twice: one line each."""
     monkeypatch.chdir(tmp_path)
@@ -2459,12 +2515,13 @@ def test_curves_show_the_log(tmp_path, monkeypatch):
     """A line per loss and figure, at the right heights; guesses, chance, ceiling dotted; nothing logged, one line."""
     monkeypatch.chdir(tmp_path)
     log = [{"step": 10 * n, "vqa": 4 / n, "lr": 1, "clips_per_s": 9, "waiting": 0} for n in (1, 2, 4)]
-    log.insert(2, {"step": 20, "val": {"accuracy": 0.5, "same": 0.5, "MedR": 200.0}})
+    log.insert(2, {"step": 20, "val": {"accuracy": 0.5, "same": 0.5, "text to video MedR": 1.0, "missing": 1}})
+    log.append({"step": 40, "val": {"accuracy": 0.5, "same": 0.5, "text to video MedR": 1.0}})
     run_folder("a <b>", figures_of(0.5), log), run_folder("c")
     parts = drawn(eval.curves("a <b>"))
     lines = [a["points"] for tag, a, _ in parts if tag == "polyline"]
     texts = [text for tag, _, text in parts if tag == "text"]
-    assert lines == ["180.0,86.0 290.0,171.0 510.0,213.5", "290.0,389.8"]
+    assert lines == ["180.0,86.0 290.0,171.0 510.0,213.5", "290.0,389.8 510.0,389.8"]
     assert {"0 %", "80 %", "optimiser step"} <= {*texts}
     assert {"a <b>", "vqa", "vqa, a guess 2.08", "accuracy", "chance, test 25 %", "order-blind, test 75 %"} <= {*texts}
     with pytest.raises(UserError, match="c/metrics.jsonl has no line yet"):
@@ -2828,8 +2885,13 @@ def test_own_files_train_every_task_and_answer(world, run, tmp_path):
     shutil.copytree(world("msrvtt"), tmp_path, dirs_exist_ok=True)
     for task, name in own_files(tmp_path).items():
         told = run("train", "--task", task, "--benchmark", name, "--data", f"{task}.jsonl", "--out", task,
-                   "--tokenizer", "tokenizer.json", *(("--contrast",) if task == "pretrain" else ("--accum", 2)))
+                   *(("--contrast",) if task == "pretrain" else ("--accum", 2)))
         assert "validation at step 2" in told and "\ntest: " in told
+    tests = [line for line in Path("vqa.jsonl").read_text().splitlines() if '"test"' in line]
+    write(tmp_path, {"only.jsonl": "\n".join(tests)})
+    told = run("eval", "vqa/best.pt", "--data", "only.jsonl")
+    assert "no chance and majority, which need the training rows: only.jsonl: no rows for" in told and "\nall  " in told
+    run("train", "--data", "only.jsonl", refused="only.jsonl: no rows for 'train'")
     question = "--video", "videos/all/video0.mp4", "--ask", "what is it?"
     line, *best = run("eval", "vqa/best.pt", *question).splitlines()
     assert re.fullmatch(r"looked at \d\.\d\d, \d\.\d\d, \d\.\d\d s of videos/all/video0.mp4", line)
@@ -2842,6 +2904,13 @@ def test_own_files_train_every_task_and_answer(world, run, tmp_path):
     run("eval", "retrieval/best.pt", *question, "--options", "a", "b", refused="no choice, rank or matching head")
     told = run("train", "--data", "vqa.jsonl", "--init", "pretrain/best.pt", "--out", "tuned")
     assert re.search(r"pretrain/best.pt: loaded \d+/\d+ tensors; new: answer\.", told)
+
+def test_no_tokenizer(world, run, tmp_path):
+    """It is looked for beside one's own file; without one the line says what to give, not what was never given."""
+    shutil.copytree(world("msrvtt"), tmp_path, dirs_exist_ok=True)
+    own_files(tmp_path)
+    Path("tokenizer.json").unlink()
+    run("train", "--data", "vqa.jsonl", refused="no tokenizer: ./tokenizer.json is not there; give --tokenizer vocab")
 
 def test_retrieval_with_matching_ranks_anew(world, run):
     """--rerank trains both losses, eval.py repeats the figures, and --rerank 0 gives those of the cosines alone."""
@@ -2880,20 +2949,24 @@ def test_the_loop_is_a_plain_loop(world, run):
         weights = torch.load(f"{out}/last.pt")["model"]
         assert max((weights[name] - p).abs().mean() for name, p in model.state_dict().items()) < 1e-4
 
-def test_stopped_and_resumed_to_the_bit(run, monkeypatch):
-    """SIGTERM to the run and its workers in the middle of an epoch saves and stops; resumed, with workers, dropout and
-    drop path on, the run ends in the very tensors and figures of one that was not stopped."""
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_stopped_and_resumed_to_the_bit(run, monkeypatch, number):
+    """SIGTERM or Ctrl-C to the run and its workers in the middle of an epoch saves and stops; resumed, with workers,
+    dropout and drop path on, the run ends in the very tensors and figures of one that was not stopped."""
     monkeypatch.setitem(SIZES, "toy", replace(SIZES["toy"], layers=2, dropout=0.1, drop_path=0.1))
-    flags, schedule = ("--steps", 10, "--batch", 32, "--workers", 2), train.lr_at
+    flags, schedule, asked = ("--steps", 10, "--batch", 32, "--workers", 2), train.lr_at, []
     run("train", *flags, "--out", "whole")
     def stopping(step, total):
-        if step == 8:
+        if step == 8 and not asked:                         # once: it is called for each group of parameters
+            asked.append(True)
             workers = [worker.pid for worker in multiprocessing.active_children()]
-            subprocess.run(["kill", *map(str, [os.getpid(), *workers])])        # not by the parent, whom workers obey
+            pids = map(str, [os.getpid(), *workers])
+            subprocess.run(["kill", f"-{number.value}", *pids])                 # not by the parent, whom workers obey
         return schedule(step, total)
     monkeypatch.setattr(train, "lr_at", stopping)
-    with pytest.raises(SystemExit, match="run/last.pt is at step 9, go on with --resume --out run"):
+    with pytest.raises(SystemExit, match="run/last.pt is at step 9, go on with the same flags, --resume and --out run"):
         run("train", *flags)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler        # a second Ctrl-C ends at once
     assert torch.load("run/last.pt")["step"] == 9 and not Path("run/test.json").exists()
     monkeypatch.setattr(train, "lr_at", schedule)
     run("train", *flags, "--resume")
@@ -2903,6 +2976,15 @@ def test_stopped_and_resumed_to_the_bit(run, monkeypatch):
             torch.testing.assert_close(again[key], whole[key], rtol=0, atol=0)
     assert Path("run/test.json").read_text() == Path("whole/test.json").read_text()
     assert [line["step"] for line in logged("run")] == [line["step"] for line in logged("whole")]
+
+def test_what_was_logged_after_the_last_checkpoint_is_forgotten(tmp_path):
+    """A killed run comes by those steps again. A log that is shorter than it should be stays."""
+    train.open_run(tmp_path / "run", {"seed": 0}, False)
+    for text, kept in (("one\ntwo\n", "one\n"), ("o", "o")):
+        (tmp_path / "run/metrics.jsonl").write_text(text)
+        torch.save({"logged": 4}, tmp_path / "run/last.pt")
+        train.open_run(tmp_path / "run", {"seed": 0}, True)
+        assert (tmp_path / "run/metrics.jsonl").read_text() == kept
 
 def test_a_loss_that_is_no_number_stops(run):
     """Step and examples are named, and no checkpoint holds the broken weights."""
@@ -3039,6 +3121,7 @@ MISTAKES = [
     ("train --task pretrain --benchmark webvid,cc3m", "--data names 1 folders for the 2"),
     ("train --contrast", "--contrast is for --task pretrain, not vqa"),
     ("train --rerank 5", "--rerank is for --task retrieval, not"),
+    ("train --task pretrain --views 2", "--views 2: pretrain is no task of answering"),
     ("train --data nowhere", "no annotations in nowhere.*expected train_qa.json"),
     ("train --data empty", "train_qa.json: Expecting value"), ("train --data my.jsonl", "my.jsonl.*No such file"),
     ("train --data norows", "no rows for 'train' of msrvtt-qa"), ("train --data noclips", "clips are missing, more"),
@@ -3056,7 +3139,7 @@ MISTAKES = [
     ("eval", "no checkpoint given"), ("eval none.pt", "none.pt is not a file"),
     ("eval foreign.pt", "foreign.pt is no checkpoint of train.py but ours"),
     ("eval old/best.pt --rerank -1", "--rerank -1: a number from 0 on"),
-    ("eval old/best.pt --data noclips", "clips are missing, more than 1 %"),
+    ("eval old/best.pt --data noclips", "clips are missing, and evaluation leaves none out"),
     ("eval old/best.pt --video none.mp4 --ask what?", "none.mp4: no such file"),
     pytest.param("eval old/best.pt --benchmark msrvtt --data pairs --allow-missing", "needs the contrast head that")]
 
@@ -3164,7 +3247,7 @@ def test_two_processes_stop_together_and_resume(pair, run, monkeypatch):
     folder, told = pair
     assert told.count("batch: 2 micro x 2 accum x 2 world = 8 global") == 2
     assert told.count("batch: 4 micro x 1 accum x 2") == 4
-    assert told.count("train.py: told to stop; stopped/last.pt is at step 4, go on with --resume --out stopped") == 1
+    assert told.count("train.py: told to stop; stopped/last.pt is at step 4, go on with the same flags, ") == 1
     assert told.count("resumed at step 4") == 1 and told.count("\ntest: ") == 5
     for file in ("last.pt", "best.pt"):
         whole, again = (torch.load(folder / out / file) for out in ("whole", "stopped"))

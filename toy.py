@@ -31,7 +31,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from allinone import run_main
+from allinone import UserError, run_main, writing
 from data import BENCHMARKS, crop, encode_picture, find_media, load_split, pick_frames, read_frames, tint, wordpiece
 
 # ---- scenes ---------------------------------------------------------------------------------------------------------
@@ -683,7 +683,7 @@ def write_world(root, only=DATASETS, seed=0, share=1):
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     for name in only:
-        if (root / name).exists():
+        if (root / name).exists():                          # whole: see the end of this loop
             continue
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
         with (ProcessPoolExecutor(os.cpu_count(), get_context("fork"), die_with_parent) as pool,
@@ -722,13 +722,19 @@ def contact_sheet(root, name, count=8, T=3, side=80):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root")
-    parser.add_argument("--only", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("root", help="folder to write to, such as data/toy")
+    parser.add_argument("--only", nargs="+", choices=DATASETS, default=list(DATASETS), help="datasets (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of what happens in the clips (default 0)")
     args = parser.parse_args()
-    write_world(args.root, args.only, args.seed)
-    for name in args.only:
-        contact_sheet(args.root, name)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: a number from 0 on is needed")
+    with writing(args.root):
+        for name in args.only:
+            if (Path(args.root) / name).exists():
+                print(f"{args.root}/{name} is there already and stays as it is; delete it to write it anew")
+        write_world(args.root, args.only, args.seed)
+        for name in args.only:
+            contact_sheet(args.root, name)
 
 
 if __name__ == "__main__":

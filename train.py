@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from allinone import SIZES, AllInOne, Config, UserError, load_weights, millions, read_config, run_main
+from allinone import SIZES, AllInOne, Config, UserError, load_weights, millions, read_config, run_main, writing
 from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, collate, has_split, load_split, loader
 from eval import (by_kind, check_numbers, coverage, device_of, embeddings, evaluate, from_all, from_first, report,
-                  roots_of, scores, survey, to_device, tokenizer_of, writing)
+                  roots_of, scores, survey, to_device, tokenizer_of)
 
 # ---- tasks: their losses --------------------------------------------------------------------------------------------
 # A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what divides it, "rows" or "masked". The loop
@@ -241,10 +242,10 @@ def arguments(argv=None):
     data.add_argument("--data", help="folder of the dataset as its owners distribute it, or a .jsonl; "
                       "one per benchmark, with commas (default: the toy world, made in data/toy)")
     data.add_argument("--tokenizer", help="tokenizer.json, vocab.txt or hub name (default: that of --init, else "
-                      "tokenizer.json in --data)")
+                      "tokenizer.json in or beside --data)")
     data.add_argument("--allow-missing", action="store_true", help="go on although clips are missing or unreadable")
     data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
-                      help="decoding processes (here default %(default)s)")
+                      help="decoding processes, of each process of torchrun (here default %(default)s)")
     model.add_argument("--size", choices=SIZES, help="default: that of --init, else toy")
     model.add_argument("--frames", type=int, help="T, frames a clip (default: that of --init, else 3)")
     model.add_argument("--roll", choices=("spread", "block", "none"),
@@ -301,6 +302,8 @@ def train(args):
     for flag, owner in (("contrast", "pretrain"), ("rerank", "retrieval")):
         if getattr(args, flag) and args.task != owner:
             raise UserError(f"--{flag} is for --task {owner}, not {args.task}; leave it out")
+    if args.views > 1 and args.task == "pretrain":
+        raise UserError(f"--views {args.views}: pretrain is no task of answering or finding; leave it out")
     device = device_of(f"cuda:{local}" if args.device in (None, "cuda") and torch.cuda.is_available() else args.device)
     if world > 1:
         if device.type == "cuda":
@@ -329,12 +332,16 @@ def train(args):
     wanted = ("train", "val", "test") if tested else ("train", "val")
     splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in wanted}
     for split in splits:
-        say(f"{split:5s} {survey(splits[split], roots, args.allow_missing)}")
+        say(f"{split:5s} {survey(splits[split], roots, split, args.allow_missing)}")
     for name, root, rows in zip(names, roots, splits["val"]):
         if not has_split(name, root, "val"):
             say(f"{name}: val is a held-out slice of train: {len({e.media for e in rows})} clips")
     carried = None if args.tokenizer else tokenizer_of(args.init)
-    words = Words.from_json(carried) if carried else Words.load(args.tokenizer or f"{roots[0]}/tokenizer.json")
+    beside = Path(roots[0]).parent if roots[0].endswith(".jsonl") else Path(roots[0])
+    if not carried and not args.tokenizer and not (beside / "tokenizer.json").exists():
+        raise UserError(f"no tokenizer: {beside}/tokenizer.json is not there; give --tokenizer vocab.txt, "
+                        "a tokenizer.json or bert-base-uncased")
+    words = Words.from_json(carried) if carried else Words.load(args.tokenizer or str(beside / "tokenizer.json"))
     answers = []
     if args.task == "vqa":
         answers = answer_list(splits["train"][0], bench.answers)
@@ -365,6 +372,8 @@ def train(args):
     if args.task == "action":                               # a linear probe: the backbone stays as it is
         for name, p in model.named_parameters():
             p.requires_grad = name.startswith("heads.")
+        if not args.init:
+            say("no --init: this is a linear probe of a random backbone")
 
     def clips_of(split):
         recipe = lambda b: Recipe(args.task, words, b.join, 1 if b.still else config.frames, config.image, config.words,
@@ -416,9 +425,15 @@ def train(args):
               "matching": 2, "mlm": len(words), "contrast": (batch // args.accum) ** 2}        # contrast: two losses
     blank, examples = nothing(clips["train"], words.pad), list(itertools.chain(*splits["train"]))
     stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                 # a scheduler wants the machine: save
+
+    def stop_soon(number, _):                               # a scheduler wants the machine, or Ctrl-C: save, then end
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)                # a second Ctrl-C ends at once
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_soon)
     log, seen, waited, started = out / "metrics.jsonl", 0, 0.0, time.perf_counter()
     bar = tqdm(range(first, total), initial=first, total=total, disable=not (rank == 0 and sys.stderr.isatty()))
+    tell = partial(say, flush=True) if bar.disable else bar.write               # not into the bar's line
     how = dict(workers=args.workers, amp=args.amp, allow_missing=args.allow_missing, batch=min(batch, 64))
 
     def note(line):
@@ -476,7 +491,7 @@ def train(args):
             note(line)
         if ends:
             metrics, _ = evaluate(model, clips["val"], **how)
-            say(f"validation at step {step + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
+            tell(f"validation at step {step + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
             note({"step": step + 1, "val": metrics})
             if metrics[task.metric] > best:
                 best = metrics[task.metric]
@@ -490,7 +505,9 @@ def train(args):
                                        "logged": log.stat().st_size})
         if stopping:
             raise SystemExit(f"train.py: told to stop; {out}/last.pt is at step {step + 1}, "
-                             f"go on with --resume --out {out}" if rank == 0 else 1)
+                             f"go on with the same flags, --resume and --out {out}" if rank == 0 else 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # nothing is left to save
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if bad and rank == 0:
         say(f"{len(bad)} training clips could not be read and were left out: {out}/bad.txt")
         save(out / "bad.txt", "".join(f"{examples[i].id} {cause}\n" for i, cause in sorted(bad.items())))
@@ -512,7 +529,8 @@ def train(args):
 
 
 def heard_once():
-    """train; of several processes with one mistake the first alone is heard: torchrun meanwhile ends the others."""
+    """train(args). Where several processes make the same mistake, only the first of the node says it; the others wait
+    until torchrun ends them."""
     try:
         train(arguments())
     except UserError:
