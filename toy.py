@@ -723,7 +723,8 @@ def contact_sheet(root, name, count=8, T=3, side=80):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder to write to, such as data/toy")
-    parser.add_argument("--only", nargs="+", choices=DATASETS, default=list(DATASETS), help="datasets (default: all)")
+    parser.add_argument("--only", nargs="+", choices=DATASETS, default=list(DATASETS), metavar="NAME",
+                        help=f"out of {' '.join(DATASETS)} (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of what happens in the clips (default 0)")
     args = parser.parse_args()
     if args.seed < 0:
