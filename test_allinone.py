@@ -457,6 +457,20 @@ def test_dropout_is_off():
     assert torch.equal(allinone.dropout(x, 0.1, False), x) and torch.equal(allinone.dropout(x, 0.0, True), x)
     assert torch.equal(torch.get_rng_state(), state)
 
+@pytest.mark.parametrize("shape", [(600, 768), (2, 3, 200, 96), (1, 512, 48), (511, 48)])
+def test_linear_is_nn_linear(shape, monkeypatch):
+    """With gradients, or fewer than 512 rows, nn.Linear to the bit; else by oneDNN, within float32's error."""
+    torch.manual_seed(0)
+    ours, x = allinone.Linear(shape[-1], 56), torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]     # not contiguous
+    want, calls = F.linear(x, ours.weight, ours.bias), []
+    assert torch.equal(ours(x), want) and ours(x).requires_grad
+    monkeypatch.setattr(F, "conv2d", lambda *a, conv=F.conv2d: calls.append(1) or conv(*a))
+    with torch.no_grad():
+        got = ours(x)
+        assert torch.equal(ours.double()(x.double()), F.linear(x.double(), ours.weight, ours.bias))
+    assert got.shape == want.shape and torch.allclose(got, want, atol=1e-5)
+    assert len(calls) == (shape[0] != 511 and torch.backends.mkldnn.is_available())
+
 def test_plain_reference_gives_our_outputs():
     """The bench compares like with like: outputs, losses and gradients in evaluation mode, words padded or not."""
     config = replace(SMALL, roll="block", frames=3)
