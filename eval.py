@@ -677,7 +677,8 @@ def compare(folders):
         return share(np.mean(values)) + (f" ± {share(np.std(values, ddof=1))}" if len(values) > 1 else "")
 
     def row(config, some, *figures):
-        return [*(str(config.get(name)) for name in varies), str(len(some)), *map(spread, figures)]
+        told = ["-" if config.get(name) is None else str(config[name]) for name in varies]
+        return [*told, str(len(some)), *map(spread, figures)]
 
     first = [[next(iter(test.values())) for test in some] for some in tests]
     kinds = tests[0][0]["kinds"]
