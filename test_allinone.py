@@ -46,8 +46,8 @@ import eval
 import rolling
 import toy
 import train
-from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_weights, read_config, read_weights,
-                      resize_positions, run_main)
+from allinone import (HEADS, SIZES, AllInOne, Config, UserError, gmacs, load_weights, millions, read_config,
+                      read_weights, resize_positions, run_main)
 from data import (BENCHMARKS, Clips, Example, MissingMedia, Mixed, Order, Recipe, VideoError, Words, answer_list,
                   collate, crop, encode_picture, find_media, frame_indices, has_split, hold_out, load_split, loader,
                   pick_frames, read_frames, read_jsonl_file, tint, wordpiece)
@@ -269,8 +269,7 @@ def test_equals_released_model(name, dtype, out, tol, tmp_path):
 def test_golden_sizes(size, parameters, mlm, multiply_adds):
     """Parameters without and of the MLM head, and multiply-adds of a clip, are the released model's."""
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in AllInOne(SIZES[size], heads).parameters())
-                  for heads in (("matching",), ("matching", "mlm"))]
+        counts = [round(1e6 * millions(AllInOne(SIZES[size], heads))) for heads in (("matching",), ("matching", "mlm"))]
     assert counts[0] == parameters and counts[1] - counts[0] == pytest.approx(mlm, rel=5e-3)
     assert gmacs(SIZES[size]) == pytest.approx(multiply_adds, rel=2e-3)
 
@@ -2909,6 +2908,16 @@ def test_own_files_train_every_task_and_answer(world, run, tmp_path):
     told = run("eval", "vqa/best.pt", "--data", "only.jsonl")
     assert "no chance and majority, which need the training rows: only.jsonl: no rows for" in told and "\nall  " in told
     run("train", "--data", "only.jsonl", refused="only.jsonl: no rows for 'train'")
+    learn = [{**json.loads(tests[0]), "split": split, "answer": text}
+             for split, text in (("train", "cat"), ("train", "cat"), ("train", "ring"), ("val", "ring"))]
+    write(tmp_path, {"cats.jsonl": "\n".join([*tests, *map(json.dumps, learn)])})
+    told = run("eval", "vqa/best.pt", "--data", "cats.jsonl")           # knows rings and squares, no cats
+    assert re.search(r"^all +\d+ +[\d.]+% +100.0% ", told, re.M)        # chance: one of the answers that it can give
+    Path("videos/all/video7010.mp4").rename("video.mp4")
+    run("eval", "retrieval/best.pt", "--allow-missing", "--predictions", "said.jsonl")
+    said = [json.loads(line, parse_constant=pytest.fail) for line in open("said.jsonl")]       # JSON knows no Infinity
+    assert [row["id"] for row in said if row["score"] is None] == [said[0]["id"]]
+    Path("video.mp4").rename("videos/all/video7010.mp4")
     question = "--video", "videos/all/video0.mp4", "--ask", "what is it?"
     line, *best = run("eval", "vqa/best.pt", *question).splitlines()
     assert re.fullmatch(r"looked at \d\.\d\d, \d\.\d\d, \d\.\d\d s of videos/all/video0.mp4", line)
