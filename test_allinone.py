@@ -2931,6 +2931,14 @@ def test_own_files_train_every_task_and_answer(world, run, tmp_path):
     told = run("train", "--data", "vqa.jsonl", "--init", "pretrain/best.pt", "--out", "tuned")
     assert re.search(r"pretrain/best.pt: loaded \d+/\d+ tensors; new: answer\.", told)
 
+def test_a_probe_learns_and_its_backbone_does_not(world, run):
+    """After one step and after three all weights but the head's are the same to the bit."""
+    for steps in (1, 3):
+        run("train", "--task", "action", "--data", world("hmdb51"), "--steps", steps, "--out", steps)
+    one, three = (torch.load(f"{steps}/last.pt")["model"] for steps in (1, 3))
+    for name in one:
+        assert torch.equal(one[name], three[name]) != name.startswith("heads."), name
+
 def test_no_tokenizer(world, run, tmp_path):
     """It is looked for beside one's own file; without one the line says what to give, not what was never given."""
     shutil.copytree(world("msrvtt"), tmp_path, dirs_exist_ok=True)
