@@ -9,7 +9,7 @@ Checked against the released model's outputs (random weights, shuffle off), the 
 
 Axes, the same letters in every file:
     B clips · T frames · L text tokens · N visual tokens per frame, CLS included · S = L + N · D width · H heads
-    K = D // H · R image side · P patch side · A answers or options · V vocabulary
+    K = D // H · R image side · P patch side · A answers or options · V vocabulary (in data.py: views)
 """
 import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # before the first tensor: huge pages, or a CPU spends more time
@@ -144,7 +144,7 @@ ONEDNN = torch.backends.mkldnn.is_available()
 
 class Linear(nn.Linear):
     """nn.Linear. On a CPU, without gradients: the same product by oneDNN, which took 0.8 to 0.9 of the time of the BLAS
-    that PyTorch gives it to (2 cores of an AMD EPYC). In training, and with a small matrix, it costs more than it gains."""
+    that PyTorch gives it to (2 cores of an AMD EPYC). In training, or with a small matrix, it saves nothing."""
 
     def forward(self, x):
         usual = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
@@ -778,8 +778,11 @@ def main():
     parser.add_argument("--clips", type=int, default=2, help="B of the bench on a CPU (default 2)")
     args = parser.parse_args()
     if args.svg:
-        args.svg.parent.mkdir(parents=True, exist_ok=True)
-        return args.svg.write_text(figure())
+        with writing(args.svg):
+            args.svg.parent.mkdir(parents=True, exist_ok=True)
+            return args.svg.write_text(figure())
+    if args.clips < 1:
+        raise UserError(f"--clips {args.clips}: 1 or more are needed")
     if args.bench:
         return bench_gpu(args.size) if torch.cuda.is_available() else bench(args.size, args.clips)
     print("size      D layers   H    R   P  parameters    GMAC    forward")
@@ -797,4 +800,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main("allinone.py", main)

@@ -368,7 +368,8 @@ class Benchmark:
 
 # ---- media: from an id to a file that lies inside the data root -----------------------------------------------------
 
-MEDIA = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv", ".mts", ".gif",
+MEDIA = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv", ".mts", ".m2ts",
+         ".ts", ".ogg", ".ogv", ".gif",
          ".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -413,15 +414,19 @@ def inside(root, path):
 def find_media(root, media):
     """Absolute path of a clip: a file with a media extension, or a folder of jpgs. `root`: a folder, or a .jsonl in it.
 
-    The exact name wins over the same stem with another extension. Ids are looked up in a listing, never globbed.
+    The exact name wins over the same stem with another extension, which will do in an owner's folder, since releases
+    differ, but not beside one's own .jsonl. Ids are looked up in a listing, never globbed.
     Raises MissingMedia if there is none, UserError if it leaves the root by "..", as an absolute path or by a link.
     """
-    root = os.path.dirname(root) or "." if root.endswith(".jsonl") else root
+    own = root.endswith(".jsonl")
+    root = os.path.dirname(root) or "." if own else root
     try:
         folder, name = os.path.split(os.path.join(root, safe(media)))
     except ValueError as error:
         raise UserError(str(error)) from None
-    found = name if os.path.exists(os.path.join(folder, name)) else stems(folder).get(stem(name))
+    found = name if os.path.exists(os.path.join(folder, name)) else None if own else stems(folder).get(stem(name))
+    if found is None and own:
+        raise MissingMedia(f"there is no {os.path.join(folder, name)}")
     if found is None:
         raise MissingMedia(f"no clip {name!r} in {folder}: expected a folder of jpgs or a file in {' '.join(MEDIA)}")
     return inside(root, os.path.join(folder, found))

@@ -87,7 +87,7 @@ def scores(model, task, batch):
         B, A, L = words.shape
         pooled = model.fuse(video.repeat_interleave(A, 0), words.flatten(0, 1), keep.flatten(0, 1), first=1).pooled
         head = next(name for name in NEEDS[task] if name in model.heads)
-        return model.heads[head](pooled)[:, -1].view(B, A)
+        return model.heads[head](pooled)[:, -1].view(B, A).masked_fill(~keep.any(-1), -math.inf)    # some have fewer
     return model.heads["probe" if task == "action" else "answer"](model.fuse(video, words, keep, first=1).pooled)
 
 
@@ -162,7 +162,7 @@ def evaluate(model, clips, allow_missing=False, **how):
     rows, errors = run_split(model, clips, STEPS[task], **how)
     if errors and not allow_missing:
         index, cause = min(errors.items())
-        raise UserError(f"{len(errors)} of {len(clips)} clips cannot be read, the first: {cause}; "
+        raise UserError(f"{len(errors)} of {len(clips)} rows have a clip that cannot be read, the first: {cause}; "
                         "mend them, or pass --allow-missing to count them as wrong")
     metrics, records = FINISH[task](partial(match_odds, model, clips, **how), clips, rows)
     return {**metrics, **({"missing": len(errors)} if errors else {})}, records
@@ -359,19 +359,20 @@ def by_kind(records, train, root):
     for e in train:
         answer = e.options[e.answer] if e.options else f"class {e.answer}" if isinstance(e.answer, int) else e.answer
         answers[e.kind][answer] += 1
-    known = len({answer for some in answers.values() for answer in some})
+    total = sum(answers.values(), Counter())
     for r in records:
         rows[r["kind"]].append(r)
+    known = {kind: answers.get(kind, total) for kind in rows}
+    usual = {kind: max(known[kind], key=known[kind].get, default=None) for kind in rows}
     table = {}
     named = sorted((item for item in rows.items() if item[0]), key=lambda item: -len(item[1]))
     for kind, some in [*named, ("all", records)]:
         mean = lambda value: sum(map(value, some)) / len(some)
-        baseline = lambda value: mean(value) if known or all(r["options"] for r in some) else None
+        baseline = lambda value: mean(value) if total or all(r["options"] for r in some) else None
         table[kind] = {
             "questions": len(some), "accuracy": accuracy(some),
-            "chance": baseline(lambda r: 1 / (r["options"] or len(answers[r["kind"]]) or known)),
-            "majority": baseline(lambda r: 1 / r["options"] if r["options"] else
-                                 bool(answers[r["kind"]]) and r["truth"] == answers[r["kind"]].most_common(1)[0][0]),
+            "chance": baseline(lambda r: 1 / (r["options"] or len(known[r["kind"]]))),
+            "majority": baseline(lambda r: 1 / r["options"] if r["options"] else r["truth"] == usual[r["kind"]]),
             "order-blind": mean(lambda r: blind.get(r["kind"], 1.0)) if blind else None}
     return table
 
@@ -471,7 +472,8 @@ def load_model(path, device="cpu"):
 # ---- your own video -------------------------------------------------------------------------------------------------
 
 def look(path, model):
-    """T frames of a clip as evaluation sees them -> (frames (1, T, 3, R, R), the seconds they were taken at)."""
+    """T frames of a clip as evaluation sees them -> (frames (1, T, 3, R, R), the seconds they were taken at; in a
+    folder of pictures, which has no clock: their numbers from 0)."""
     seen = []
 
     def pick(times):
@@ -493,8 +495,9 @@ def need_head(model, meta, names, task):
 
 @torch.inference_mode()
 def ask(model, meta, words, path, question, options=(), captions=()):
-    """The lines that answer a question about a clip: the five best answers, or the options, with probabilities; or, for
-    each of `captions`, the probability that it belongs to the clip. First the seconds that were looked at."""
+    """The lines that answer a question about a clip: the five best answers, or all options, with probabilities; or, for
+    each of `captions`, the probability that it belongs to the clip. First the seconds, or of a folder of pictures the
+    numbers, that were looked at."""
     task = "choice" if options else "vqa"
     need_head(model, meta, *(("matching",), "pretrain") if captions else (NEEDS[task], task))
     frames, seconds = look(path, model)
@@ -514,8 +517,10 @@ def ask(model, meta, words, path, question, options=(), captions=()):
     else:
         share = scores(model, task, batch)[0].softmax(0).cpu()
     names = captions or options or meta["answers"]
-    best = share.topk(len(names) if captions else min(5, len(names)))
-    return [f"looked at {', '.join(f'{s:.2f}' for s in seconds)} s of {path}",
+    best = share.topk(len(names) if captions or options else min(5, len(names)))
+    looked = f"pictures {', '.join(f'{s:.0f}' for s in seconds)}" if os.path.isdir(path) else \
+        f"{', '.join(f'{s:.2f}' for s in seconds)} s"
+    return [f"looked at {looked} of {path}",
             *(f"{p:7.1%}  {names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist()))]
 
 
@@ -535,35 +540,40 @@ def search(model, meta, words, folder, text, checkpoint, most=10):
         sign = hashlib.file_digest(file, "sha256").hexdigest()
     keep = folder.resolve().with_name(folder.resolve().name + ".embeddings.npz")
     known, lost = {}, []
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):       # none yet, or not one of ours
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or not one of ours
         with np.load(keep, allow_pickle=False) as saved:
             if saved["checkpoint"] == sign:
                 rows = zip(*(saved[name].tolist() for name in ("names", "stamps", "seconds")), saved["vectors"])
                 known = {(name, *stamp): (seconds, vector) for name, stamp, seconds, vector in rows}
-    found, read = {}, 0
-    for name in tqdm(files, desc="reading", unit=" clips", disable=None):
-        stat = (folder / name).stat()
-        key = name, stat.st_size, stat.st_mtime_ns
-        if key not in known:
-            try:
-                frames, seconds = look(str(folder / name), model)
-            except UserError as error:
-                lost.append(str(error))
-                continue
-            vector = F.normalize(model.encode_video(frames.to(device))[0], dim=0)
-            known[key], read = (seconds, vector.cpu().numpy()), read + 1
-        found[key] = known[key]
-    if not found:
-        raise UserError(f"--videos {folder}: not one of {len(files)} clips can be read, the first: {lost[0]}")
-    seconds, vectors = zip(*found.values())
-    names, *stamps = zip(*found)
-    kept = f"kept in {keep}"
+    found, read, kept = {}, 0, f"kept in {keep}"
     try:
-        with open(f"{keep}.part", "wb") as file:
-            np.savez(file, checkpoint=sign, names=names, stamps=np.array(stamps).T, seconds=seconds, vectors=vectors)
-        os.replace(f"{keep}.part", keep)
-    except OSError as error:
-        kept = f"not kept: {error}"
+        for name in tqdm(files, desc="reading", unit=" clips", disable=None):
+            stat = (folder / name).stat()
+            key = name, stat.st_size, stat.st_mtime_ns
+            if key not in known:
+                try:
+                    frames, seconds = look(str(folder / name), model)
+                except UserError as error:
+                    lost.append(str(error))
+                    continue
+                vector = F.normalize(model.encode_video(frames.to(device))[0], dim=0)
+                known[key], read = (seconds, vector.cpu().numpy()), read + 1
+            found[key] = known[key]
+        if not found:
+            raise UserError(f"--videos {folder}: not one of {len(files)} clips can be read, the first: {lost[0]}")
+    finally:                                                # also after Ctrl-C: what was read is kept
+        if read:
+            done = {name for name, *_ in found}
+            known = found | {key: value for key, value in known.items() if key[0] in {*files} - done}
+            (names, *stamps), (seconds, vectors) = zip(*known), zip(*known.values())
+            try:
+                with open(f"{keep}.part", "wb") as file:
+                    np.savez(file, checkpoint=sign, names=names, stamps=np.array(stamps).T, seconds=seconds,
+                             vectors=vectors)
+                os.replace(f"{keep}.part", keep)
+            except OSError as error:
+                kept = f"not kept: {error}"
+    (names, *_), (seconds, vectors) = zip(*found), zip(*found.values())
     query = model.encode_text(torch.tensor([words.sentence(text, model.config.words)], device=device))
     cosines = np.stack(vectors) @ F.normalize(query[0], dim=0).cpu().numpy()
     return [*(f"cannot be read: {line}" for line in lost),
@@ -1104,6 +1114,8 @@ def run(args):
     if bool(args.video) != bool(question or args.caption) or question and args.caption:
         raise UserError('--video FILE goes with --ask "question", with --options a b c, with both, '
                         'or with --caption "text"')
+    if len(args.options) == 1:
+        raise UserError(f"--options {args.options[0]}: give two or more to choose from")
     if args.video:
         return print("\n".join(ask(model, meta, words, args.video, args.ask, args.options, args.caption)))
     evaluate_all(args, model, meta, words)
@@ -1136,7 +1148,10 @@ def evaluate_all(args, model, meta, words):
                         model.config.words, {a: i for i, a in enumerate(meta["answers"])},
                         views=args.views or meta["views"], rerank=K)
         print(f"{name} {split}: {survey([rows], [root], split, args.allow_missing)}"
-              + ("; zero-shot, by the matching head" if bench.task in ("choice", "vcr") and head != "choice" else ""))
+              + (f"; zero-shot, by the {head} head" if bench.task in ("choice", "vcr") and head != "choice" else ""))
+        if bench.task == "action" and max(e.answer for e in rows) >= len(meta["answers"]):
+            raise UserError(f"{name} {split} has class {max(e.answer for e in rows)}; {args.checkpoint} knows 0 to "
+                            f"{len(meta['answers']) - 1}, those of its own training list")
         train, clips = [], Clips(rows, root, recipe)
         if bench.task in ("vqa", "action"):
             try:

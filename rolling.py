@@ -177,8 +177,11 @@ def main():
     parser.add_argument("--svg", type=Path, help="write the picture to this file and stop")
     args = parser.parse_args()
     if args.svg:
-        args.svg.parent.mkdir(parents=True, exist_ok=True)
-        return args.svg.write_text(figure())
+        try:
+            args.svg.parent.mkdir(parents=True, exist_ok=True)
+            return args.svg.write_text(figure())
+        except OSError as error:
+            sys.exit(f"rolling.py: {args.svg} cannot be written: {error.strerror}")
     for layout in ("block", "spread"):
         print(picture(layout, color=sys.stdout.isatty()), end="\n\n")
 

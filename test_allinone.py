@@ -180,6 +180,16 @@ def test_a_reader_may_close_the_pipe(monkeypatch):
         monkeypatch.setattr(sys, "stdout", out)
         run_main("x.py", lambda: print("a line"))
 
+def test_pictures_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """One line for a folder in the way, of either script that draws; and for a bench of no clips."""
+    for script, flags, line in ((allinone, ("--svg", tmp_path), f"{tmp_path} cannot be written"),
+                                (rolling, ("--svg", tmp_path), f"{tmp_path} cannot be written"),
+                                (allinone, ("--bench", "--clips", 0), "--clips 0: 1 or more")):
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as done:
+            run_main("x.py", script.main)
+        assert line in f"{done.value.code} {capsys.readouterr().err}"
+
 def test_ctrl_c_is_one_line(capsys):
     """Anywhere but in the training loop, which saves first: no traceback, and the code that shells expect."""
     def pressed():
@@ -276,7 +286,7 @@ def test_golden_sizes(size, parameters, mlm, multiply_adds):
 def test_gmacs_equal_counted_flops():
     """The formula gives what PyTorch's own counter sees in a forward pass of one clip."""
     for config, T, L in ((SMALL, 3, 7), (SIZES["tiny"], 3, 40)):
-        with FlopCounterMode(display=False) as counter:             # with gradients: it does not know oneDNN's products,
+        with FlopCounterMode(display=False) as counter:             # with gradients: it does not know oneDNN's product,
             frames, words = torch.zeros(1, T, 3, config.image, config.image), torch.zeros(1, L, dtype=torch.long)
             AllInOne(config).eval()(frames, words, maps=[])         # nor, but for maps, fused attention
         assert counter.get_total_flops() == pytest.approx(2e9 * gmacs(config, L, T), rel=1e-12)
@@ -1491,6 +1501,8 @@ def test_find_media(tmp_path):
     write(root, {"late.mov": ""})
     assert find_media(root, "late").endswith("late.mov")
     assert find_media(os.path.join(root, "my.jsonl"), "c.mkv").endswith("c.mkv")
+    with pytest.raises(MissingMedia, match="there is no .*data/c.avi"):         # of one's own the name is exact
+        find_media(os.path.join(root, "my.jsonl"), "c.avi")
 
 @pytest.mark.parametrize("media", [
     "../secret", "r/../../secret", "/etc/hostname", "", ".", "r/", "x\0y", "\ud800", "a" * 2000, "link", "dir/f"])
@@ -2136,6 +2148,14 @@ def test_toy_py(tmp_path, monkeypatch, capsys):
             called(*flags)
         assert line in capsys.readouterr().err
 
+def test_two_first_runs_at_once(tmp_path, monkeypatch):
+    """Whoever comes second finds the world of the first, and leaves nothing else."""
+    monkeypatch.setattr(toy, "write_tokenizer", lambda work: write(tmp_path, {"vcr/first": "x"}))
+    monkeypatch.setattr(toy, "write_order_blind", lambda work, name: write(work, {"second": "x"}))
+    monkeypatch.setitem(toy.DATASETS, "vcr", lambda studio: None)
+    toy.write_world(tmp_path, ["vcr"])
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["vcr", "vcr/first"]
+
 # ---- eval: metrics --------------------------------------------------------------------------------------------------
 
 def test_ranks_and_recall_by_hand():
@@ -2233,6 +2253,8 @@ def test_options_score_as_each_would_alone():
         for i, a in np.ndindex(2, 3):
             pooled = model(frames[i:i + 1], words[i:i + 1, a, :lengths[i, a]]).pooled
             assert close(got[i, a], model.heads[heads[0]](pooled)[0, -1])
+        fewer = scores(model, "choice", {**b, "keep": b["keep"] & (torch.arange(3) < 2)[None, :, None]})
+        assert close(fewer[:, :2], got[:, :2]) and (fewer[:, 2] == -math.inf).all()         # a row of two options
         views = torch.stack([frames, frames.flip(1)], 1)
         both = got + scores(model, "choice", {**b, "frames": frames.flip(1)})
         assert close(scores(model, "choice", {**b, "frames": views}), both / 2)
@@ -2262,7 +2284,7 @@ def test_missing_clips_stop_or_count_as_wrong(world, words, task, head):
     gone = [Example(f"gone{n}", f"videos/all/gone{n}", "what?", "red", captions=(f"blue {n}",)) for n in range(12)]
     found = [replace(e, captions=("red ring", "a ring")[:1]) for e in CLIPS4]
     clips, model = Clips(found + gone, world("msrvtt"), recipe(words, task)), small_model(words, head, "mlm")
-    with pytest.raises(UserError, match="12 of 16 clips cannot be read, the first: no clip 'gone0'.*--allow-missing"):
+    with pytest.raises(UserError, match="12 of 16 rows have a clip that cannot be read, .* no clip 'gone0'.*--allow-m"):
         evaluate(model, clips)
     metrics, records = evaluate(model, clips, allow_missing=True)
     assert metrics["missing"] == 12
@@ -2338,9 +2360,9 @@ def test_report_where_training_tells_little():
     """A kind that training lacks is guessed among all answers, never as if there were one; without training rows
     nothing is known; examples without a question have no kind of their own."""
     train = [Example("", "", answer=answer, kind="which") for answer in ("left", "up", "up", "red")]
-    records = [record("who", "left", True), record("which", "up", True)]
+    records = [record("who", "left", True), record("who", "up", True), record("which", "up", True)]
     told = lambda table: [line.split()[3:5] for line in report({"accuracy": 1}, table)[2:]]
-    assert told(by_kind(records, train, "nowhere")) == [["33.3%", "100.0%"], ["33.3%", "0.0%"], ["33.3%", "50.0%"]]
+    assert told(by_kind(records, train, "nowhere")) == [["33.3%", "100.0%"], ["33.3%", "50.0%"], ["33.3%", "66.7%"]]
     assert told(by_kind(records, [], "nowhere")) == [["-", "-"]] * 3
     assert [*by_kind([record("", "b", True, 4)] * 2, [], "nowhere")] == ["all"]
 
@@ -2410,7 +2432,7 @@ def test_search_ranks_a_folder(folder, words, run):
         assert re.fullmatch(rf" *(-?\d\.\d+)  {name}  \((\d\.\d\d(, )?){{3}} s\)", shown)
         assert float(shown.split()[0]) == pytest.approx(cosines[name], abs=6e-4)
 
-def test_search_reads_what_changed(folder, words, run, tmp_path):
+def test_search_reads_what_changed(folder, words, run, tmp_path, monkeypatch):
     """Embeddings are kept beside the folder: nothing is read twice but changed files, or all under another checkpoint;
     a damaged file of embeddings, or one that would execute something, is made anew."""
     def read(checkpoint="a.pt"):
@@ -2424,10 +2446,26 @@ def test_search_reads_what_changed(folder, words, run, tmp_path):
     assert read() == 0 and read("b.pt") == 2
     kept = tmp_path / "clips.embeddings.npz"
     for spoil in (lambda: kept.write_bytes(kept.read_bytes()[:99]), lambda: kept.write_text("no"),
-                  lambda: np.savez(kept, checkpoint=np.array([Path("x")], object))):
+                  lambda: kept.write_bytes(b""), lambda: np.savez(kept, checkpoint=np.array([Path("x")], object))):
         spoil()
         assert read() == 2 and read() == 0
     assert {p.name for p in tmp_path.iterdir()} == {"a.pt", "b.pt", "clips", kept.name}
+    def look(path, model, real=eval.look):                  # Ctrl-C at the last clip: the first is not read again
+        if path.endswith("c.mp4"):
+            raise KeyboardInterrupt
+        return real(path, model)
+    kept.unlink()
+    with monkeypatch.context() as context, pytest.raises(SystemExit, match="130"):
+        context.setattr(eval, "look", look)
+        run("eval", "a.pt", "--search", "red", "--videos", "clips")
+    assert read() == 1
+
+def test_a_folder_of_pictures_has_numbers(world, words, run):
+    """What was looked at are then pictures, counted from 0, and no seconds."""
+    stored("a.pt", words, "answer")
+    write(Path("shots"), {f"{n}.png": encode_picture(np.full((40, 40, 3), 40 * n, np.uint8), ".png") for n in range(6)})
+    told = run("eval", "a.pt", "--video", "shots", "--ask", "what?").splitlines()
+    assert told[0] == "looked at pictures 1, 3, 5 of shots" and len(told) == 3
 
 def test_own_video_needs_the_head(folder, words, run):
     """Without the head that a question needs, one line names the command that trains it; clashing flags get one too."""
@@ -2441,6 +2479,7 @@ def test_own_video_needs_the_head(folder, words, run):
             (("c.pt", *video, "--ask", "x"), "no answer head; train one: python train.py --task vqa"),
             (("c.pt", "--search", "x", "--videos", "clips/empty"), "--videos clips/empty: no clips in it"),
             (("c.pt", "--search", "x"), "belong together"), (("c.pt", "--videos", "clips"), "belong together"),
+            (("c.pt", *video, "--options", "x"), "--options x: give two or more"),
             (("a.pt", *video), "--video FILE goes with --ask"), (("a.pt", "--ask", "x"), "--video FILE goes with"),
             (("a.pt", *video, "--ask", "x", "--caption", "y"), "--video FILE goes with")):
         run("eval", *flags, refused=line)
@@ -2924,8 +2963,8 @@ def test_own_files_train_every_task_and_answer(world, run, tmp_path):
     assert {b.split()[1] for b in best} == {"ring", "square"}
     assert sum(float(b.split("%")[0]) for b in best) == pytest.approx(100, abs=0.2)
     for task in ("choice", "pretrain"):                     # the second one by its matching head: zero-shot
-        told = run("eval", f"{task}/best.pt", *question, "--options", "red", "a ring", "green")
-        assert len(told.splitlines()) == 4 and "%  a ring" in told
+        told = run("eval", f"{task}/best.pt", *question, "--options", "red", "a ring", "green", "a", "b", "c")
+        assert len(told.splitlines()) == 7 and "%  a ring" in told
     run("eval", "choice/best.pt", *question, refused="no answer head; train one: python train.py --task vqa")
     run("eval", "retrieval/best.pt", *question, "--options", "a", "b", refused="no choice, rank or matching head")
     told = run("train", "--data", "vqa.jsonl", "--init", "pretrain/best.pt", "--out", "tuned")
@@ -2938,6 +2977,23 @@ def test_a_probe_learns_and_its_backbone_does_not(world, run):
     one, three = (torch.load(f"{steps}/last.pt")["model"] for steps in (1, 3))
     for name in one:
         assert torch.equal(one[name], three[name]) != name.startswith("heads."), name
+
+def test_a_start_keeps_how_its_weights_roll(run):
+    """--init with --size: layout, share, time and frames are those of the checkpoint, unless a flag says otherwise."""
+    run("train", "--roll", "none", "--frames", 2, "--set", "time=0", "--out", "a")
+    for flags, roll in (((), "none"), (("--size", "toy"), "none"), (("--size", "toy", "--roll", "block"), "block")):
+        run("train", "--init", "a/best.pt", *flags, "--out", f"b{roll}{len(flags)}")
+        config = json.loads(Path(f"b{roll}{len(flags)}/config.json").read_text())
+        assert (config["roll"], config["frames"], config["time"], config["width"]) == (roll, 2, False, 96)
+
+def test_classes_that_training_lacks(world, run, monkeypatch):
+    """A class that only the test has still has its place; one that the checkpoint has not heard of is one line."""
+    without = lambda name, root, split: [e for e in load_split(name, root, split) if split != "train" or e.answer < 9]
+    monkeypatch.setattr(train, "load_split", without)
+    assert "\nall " in run("train", "--task", "action", "--data", world("hmdb51"))
+    more = lambda *which: [replace(e, answer=e.answer + 9) for e in load_split(*which)]
+    monkeypatch.setattr(eval, "load_split", more)
+    run("eval", "run/best.pt", refused="hmdb51 test has class 18; run/best.pt knows 0 to 9")
 
 def test_no_tokenizer(world, run, tmp_path):
     """It is looked for beside one's own file; without one the line says what to give, not what was never given."""
@@ -3120,9 +3176,9 @@ def test_clips_that_cannot_be_read(world, run, tmp_path, monkeypatch):
     flags = "train", "--data", "data", "--steps", 11, "--batch", 8
     run(*flags, refused=r"^train.py: \d+ of 1\d\d clips opened are unreadable, more than 1 %.*--allow-missing")
     monkeypatch.setattr(eval, "opens", lambda path: True)
-    run(*flags, refused=r"^train.py: 1\d training clips cannot be read, more than 1 %; .*video\d+.mp4.*--allow-missing")
+    run(*flags, refused=r"^train.py: 1\d training rows have clips that cannot be read, .*video\d+.mp4.*--allow-missing")
     told, bad = run(*flags, "--allow-missing", "--out", "loose"), Path("loose/bad.txt").read_text().splitlines()
-    assert f"{len(bad)} training clips could not be read" in told and all("video" in line for line in bad)
+    assert f"{len(bad)} training rows were left out" in told and all("video" in line for line in bad)
 
 def test_a_batch_of_nothing_but_bad_clips_is_passed_over(world, run, tmp_path):
     """With --allow-missing training goes on even if a whole batch is lost."""

@@ -699,6 +699,9 @@ def write_world(root, only=DATASETS, seed=0, share=1):
                 write_order_blind(work, name)
                 work.chmod(0o755)
                 work.rename(root / name)
+            except OSError:
+                if not (root / name).is_dir():              # else another run has written the same meanwhile
+                    raise
             finally:
                 shutil.rmtree(work, ignore_errors=True)
 

@@ -352,7 +352,7 @@ def train(args):
             f"the ceiling; {unknown} training questions with other answers are left out")
         splits["train"] = known
     elif args.task == "action":
-        answers = [f"class {i}" for i in range(1 + max(e.answer for e in splits["train"][0]))]
+        answers = [f"class {i}" for i in range(1 + max(e.answer for parts in splits.values() for e in parts[0]))]
 
     # -- model
     heads = (*task.heads, *(("contrast",) if args.contrast else ()), *(("matching",) if args.rerank else ()))
@@ -360,7 +360,12 @@ def train(args):
                **{k: v for k, v in (("frames", args.frames), ("roll", args.roll)) if v}, **overrides(args.set)}
     torch.manual_seed(args.seed)
     try:
-        config = read_config(args.init, **changes) if args.init and not args.size else replace(SIZES[size], **changes)
+        if args.init and not args.size:
+            config = read_config(args.init, **changes)
+        else:                                               # of the checkpoint all that its weights were trained for
+            kept = asdict(read_config(args.init)) if args.init else {}
+            kept = {name: kept[name] for name in ("frames", "roll", "fraction", "roll_unimodal", "time") if kept}
+            config = replace(SIZES[size], **{**kept, **changes})
         model = AllInOne(config, heads).to(device)
     except ValueError as error:                             # values of --set that do not go together
         raise UserError(str(error)) from None
@@ -451,7 +456,7 @@ def train(args):
         told = list(itertools.chain(*from_all([(b["errors"], counts(b)) for b in micro])))
         bad |= {i: cause for errors, _ in told for i, cause in errors.items()}
         if len(bad) > max(10, 0.01 * len(clips["train"])) and not args.allow_missing:
-            raise UserError(f"{len(bad)} training clips cannot be read, more than 1 %; the last: "
+            raise UserError(f"{len(bad)} training rows have clips that cannot be read, more than 1 %; the last: "
                             f"{list(bad.values())[-1]}; mend them, or pass --allow-missing to train without them")
         count, sums = {unit: sum(some[unit] for _, some in told) for unit in ("rows", "masked")}, {}
         for i, b in enumerate(micro):
@@ -509,7 +514,7 @@ def train(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # nothing is left to save
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if bad and rank == 0:
-        say(f"{len(bad)} training clips could not be read and were left out: {out}/bad.txt")
+        say(f"{len(bad)} training rows were left out, their clips cannot be read: {out}/bad.txt")
         save(out / "bad.txt", "".join(f"{examples[i].id} {cause}\n" for i, cause in sorted(bad.items())))
 
     # -- the test figure, once, of the epoch that was best on validation
