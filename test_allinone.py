@@ -2450,11 +2450,14 @@ def test_search_reads_what_changed(folder, words, run, tmp_path, monkeypatch):
         spoil()
         assert read() == 2 and read() == 0
     assert {p.name for p in tmp_path.iterdir()} == {"a.pt", "b.pt", "clips", kept.name}
-    def look(path, model, real=eval.look):                  # Ctrl-C at the last clip: the first is not read again
+    shutil.copy(folder / "b.mp4", folder / "z.mp4")
+    assert read() == 1
+    for name in ("b.mp4", "more/c.mp4"):
+        os.utime(folder / name, (2, 2))
+    def look(path, model, real=eval.look):                  # Ctrl-C at the second: neither first nor third is read again
         if path.endswith("c.mp4"):
             raise KeyboardInterrupt
         return real(path, model)
-    kept.unlink()
     with monkeypatch.context() as context, pytest.raises(SystemExit, match="130"):
         context.setattr(eval, "look", look)
         run("eval", "a.pt", "--search", "red", "--videos", "clips")
