@@ -1,554 +1,750 @@
-"""Train All-in-one: pre-training, and fine-tuning on each task. Without --data, on a toy world made on the spot.
+"""Train All-in-one: pre-training, and fine-tuning for each task. Without --data, on the toy world.
 
-    python train.py --task vqa                                  video questions on the toy world, a few minutes on a CPU
-    python train.py --task vqa --data /data/msrvtt --size base --init all-in-one-base.ckpt --tokenizer bert-base-uncased
-    torchrun --nproc_per_node=8 train.py --task pretrain ...    pre-training on 8 GPUs
+    python train.py --task vqa                             a few minutes on a laptop's CPU
+    python train.py --data data/msrvtt-qa --size base --init base.pt
+    python train.py --data data/webvid,data/cc3m --size base --init vit.pt --task pretrain
+    torchrun --nproc_per_node=8 train.py ...               the same on 8 GPUs
+
+A folder of data is prepared by tools/prepare.py, foreign weights are converted by tools/weights.py.
+What the flags do not say is the recipe of the benchmark (python eval.py --list).
 """
-import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: threads spinning while workers decode cost 2-3 x
 import argparse
 import contextlib
-import io
-import itertools
 import json
 import math
+import os
+import shlex
+import shutil
 import signal
 import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from pathlib import Path
 
+from allinone import (SIZES, AllInOne, Config, UserError, count_parameters, init_narrow,
+                      load_checkpoint, load_weights, lock_folder, print0, process_rank, progress,
+                      run_main, save_checkpoint, write_file)
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from allinone import SIZES, AllInOne, Config, UserError, load_weights, millions, read_config, run_main, writing
-from data import BENCHMARKS, Clips, Mixed, Order, Recipe, Words, answer_list, collate, has_split, load_split, loader
-from eval import (by_kind, check_numbers, coverage, device_of, embeddings, evaluate, from_all, from_first, report,
-                  roots_of, scores, survey, to_device, tokenizer_of)
+from data import (BatchSampler, MixedDataset, Tokenizer, VideoTextDataset, benchmark_of,
+                  check_shared_memory, has_split, make_loader, read_answers)
+from eval import (Loading, answer_scores, check_positive, check_workers, default_workers, embeddings,
+                  evaluate, evaluate_folder, format_metrics, input_spec, join_processes,
+                  open_checkpoint, option_scores, pick_device, to_device)
 
-# ---- tasks: their losses --------------------------------------------------------------------------------------------
-# A loss is {name: (sum, unit)}: a sum over a micro-batch, and the name of what divides it, "rows" or "masked". The loop
-# divides by the count over all micro-batches and processes, so the mean does not depend on how a batch was cut.
+# ---- losses --------------------------------------------------------------------------------------
 
-def answer_loss(task):
-    def loss(model, batch):
-        logits, target = scores(model, task, batch), batch["target"]
-        return {task: (F.cross_entropy(logits.float(), target, reduction="sum", ignore_index=-1), "rows")}
-    return loss
-
-
-TEMPERATURE = 0.05                                          # of the cosines
-
-
-def contrast(text, video):
-    """Video-text contrast of unit vectors (B, E): cross-entropy over rows plus over columns of the cosines, as released
-    (their sum). With --accum the negatives are those of one micro-batch: a smaller problem, not the same one.
-    Differs: with several processes the negatives of all of them count."""
-    (all_text, first), (all_video, _) = gathered(text), gathered(video)
-    own = first + torch.arange(len(text), device=text.device)
-    return {"contrast": (F.cross_entropy(text @ all_video.T / TEMPERATURE, own, reduction="sum")
-                         + F.cross_entropy(video @ all_text.T / TEMPERATURE, own, reduction="sum"), "rows")}
-
-
-def gathered(x):
-    """(rows of all processes with gradients, where ours begin). Counts may differ: unreadable clips are left out."""
-    if not dist.is_initialized():
-        return x, 0
-    sizes = from_all(len(x))
-    parts = dist.nn.functional.all_gather(F.pad(x, (0, 0, 0, max(sizes) - len(x))))
-    return torch.cat([part[:n] for part, n in zip(parts, sizes)]), sum(sizes[:dist.get_rank()])
-
-
-def retrieval_loss(model, batch):
-    """Contrast; with a matching head also matching: each pair, its text with a hard clip, its clip with a hard text,
-    the mean of the three. Hard ones come out of one micro-batch of one process: --accum leaves fewer to draw from.
-    Source: ALBEF (2107.07651, section 3.2); the released code has no matching loss in retrieval."""
-    (text, video), real = embeddings(model, batch), batch["target"] >= 0        # see nothing()
-    losses, words, keep, B = contrast(text[real], video[real]), batch["words"], batch["keep"], len(text)
-    if "matching" in model.heads:
-        same = (batch["index"][:, None] == batch["index"]) | (words[:, None] == words).all(-1)
-        some, clips, texts = hard_negatives((text @ video.T).detach().float() / TEMPERATURE, same)
-        every = torch.arange(B, device=some.device)
-        clip_of, text_of = torch.cat([every, clips, some]), torch.cat([every, some, texts])
-        frames = model.embed_frames(batch["frames"])[clip_of]
-        match = model.heads["matching"](model.fuse(frames, words[text_of], keep[text_of], first=1).pooled)
-        target = F.pad(torch.where(real, 1, -1), (0, 2 * len(some)))
-        loss = F.cross_entropy(match.float(), target, reduction="sum", ignore_index=-1)
-        losses["matching"] = loss / 3, "rows"
-    return losses
-
-
-def hard_negatives(sims, same):
-    """Draw a clip for each text and a text for each clip, the likelier the more similar they are (softmax of sims).
-
-    sims  (B, B) of texts with clips;  same (B, B) bool, symmetric: pairs that are of one clip, or whose texts are equal
-    ->    rows (n,) that have a negative at all; for each a clip (n,) and a text (n,)
-    """
-    rows = (~same).any(1).nonzero()[:, 0]
-    draw = lambda logits: logits.masked_fill(same, -math.inf)[rows].softmax(1).multinomial(1)[:, 0]
-    return rows, draw(sims), draw(sims.T)
-
-
-def pretrain_loss(model, batch):
-    """Matching and masked words; both texts of a clip go through the model as one batch, the frames embedded once."""
-    words, keep = batch["words"][:, :2], batch["keep"][:, :2]
-    B, _, L = words.shape
-    video = model.embed_frames(batch["frames"]).repeat_interleave(2, 0)
-    out = model.fuse(video, words.flatten(0, 1), keep.flatten(0, 1), first=L)
-    match = model.heads["matching"](out.pooled[::2])
-    masked = batch["labels"] >= 0
-    filled = model.heads["mlm"](out.text[1::2][masked])     # the vocabulary only where a word is masked
-    losses = {"matching": (F.cross_entropy(match.float(), batch["target"], reduction="sum", ignore_index=-1), "rows"),
-              "mlm": (F.cross_entropy(filled.float(), batch["labels"][masked], reduction="sum"), "masked")}
-    if "contrast" in model.heads:
-        both = embeddings(model, {**batch, "words": batch["words"][:, 2], "keep": batch["keep"][:, 2]})
-        losses |= contrast(*(x[batch["target"] >= 0] for x in both))
-    return losses
-
-
-@dataclass(frozen=True)
-class Task:
-    benchmark: str                  # the default one
-    heads: tuple
-    loss: callable
-    metric: str                     # the best checkpoint has the highest
-    toy: tuple                      # lr, batch and clips seen in all, for the toy size, which starts from nothing
-    lr: float = 1e-4                # published fine-tuning, for pre-trained models
-    batch: int = 128
-    epochs: int = 10
-
-
-TASKS = {
-    "vqa": Task("msrvtt-qa", ("answer",), answer_loss("vqa"), "accuracy", (6e-4, 16, 49_600)),
-    "choice": Task("tgif-action", ("choice",), answer_loss("choice"), "accuracy", (6e-4, 8, 8_000)),
-    "retrieval": Task("msrvtt", ("contrast",), retrieval_loss, "text to video R@1", (7e-4, 32, 30_000)),
-    "vcr": Task("vcr", ("choice",), answer_loss("vcr"), "Q->AR", (6e-4, 8, 8_000)),
-    "pretrain": Task("webvid", ("matching", "mlm"), pretrain_loss, "matching + MLM accuracy", (7e-4, 32, 16_000)),
-    "action": Task("hmdb51", ("probe",), answer_loss("action"), "accuracy", (3e-2, 32, 16_000)),
-}
-HEAD_LR = 10                                                # heads of a pre-trained model learn so much faster; toy: 1
-
-
-SETTABLE = {field.name: field.type for field in fields(Config)          # by --set; others have flags or follow the data
-            if field.name not in ("frames", "roll", "words", "vocab", "answers")}
-
-
-def lr_at(step, total, warmup=0.1):
-    """The share of the peak learning rate at step 0, 1, ...: linear from 0 over the warm-up, then linear to 0."""
-    up = max(1, round(warmup * total))
-    return (step + 1) / up if step < up else max(0.0, (total - step) / max(1, total - up))
-
-
-def parameter_groups(model, lr, head_lr):
-    """AdamW's groups: no decay on biases, norms and single vectors; heads learn head_lr times faster."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups.setdefault((name.startswith("heads."), p.dim() > 1), []).append(p)
-    return [{"params": params, "lr": lr * (head_lr if head else 1), "weight_decay": 0.01 if decay else 0.0}
-            for (head, decay), params in groups.items()]
+TEMPERATURE = 0.05                              # of the cosines, as released
 
 
 class Losses(nn.Module):
-    """The task's losses as a forward pass, so that DistributedDataParallel and torch.compile can wrap it."""
+    """The losses of a batch, as a forward pass that DistributedDataParallel and torch.compile can
+    wrap. Each loss is a plain mean; the total is their sum."""
 
-    def __init__(self, model, task):
+    def __init__(self, model, benchmark, contrast, vtm):
         super().__init__()
-        self.model, self.loss = model, task.loss
+        self.model = model
+        self.benchmark = benchmark
+        self.contrast = contrast
+        self.vtm = vtm
 
     def forward(self, batch):
-        return self.loss(self.model, batch)
+        task = self.benchmark.task
+        if task == "retrieval":
+            return retrieval_losses(self.model, batch, self.vtm)
+        if task == "pretrain":
+            return pretrain_losses(self.model, batch, self.contrast)
+        if task in ("vqa", "action"):
+            scores = answer_scores(self.model, batch)
+        else:
+            scores = option_scores(self.model, batch, self.benchmark.heads)
+        return {task: cross_entropy(scores, batch["target"])}
 
 
-def counts(batch):
-    """How many rows of a batch can be right or wrong, and how many of its words are masked."""
-    masked = int((batch["labels"] >= 0).sum()) if "labels" in batch else 0
-    return {"rows": int((batch["target"] >= 0).sum()), "masked": masked}
+def cross_entropy(scores, target):
+    """The mean over the rows whose target is known (not -1: an answer outside the list)."""
+    loss = F.cross_entropy(scores.float(), target, ignore_index=-1, reduction="sum")
+    return loss / (target >= 0).sum().clamp(min=1)
 
 
-def nothing(clips, pad):
-    """A batch of one black clip that counts for nothing: no target, no masked word. It stands in for a batch of which
-    not one clip can be read, because all processes must take the same steps."""
-    clips = clips.parts[0] if isinstance(clips, Mixed) else clips
-    item, (T, R) = clips.texts(clips.examples[0], None), (clips.recipe.T, clips.recipe.R)
-    item |= {"index": 0, "target": None, "frames": torch.zeros(T, 3, R, R, dtype=torch.uint8)}
-    return collate([item | {"labels": []} if "labels" in item else item], pad)
+def contrastive_loss(text, video):
+    """Cross-entropy over rows plus over columns of the cosines; text, video (B, E) unit vectors.
+    As released, both terms are added, not averaged. With --accum the negatives are those of one
+    micro-batch. Differs: with several processes all their pairs are negatives."""
+    rank, _ = process_rank()
+    own = rank * len(text) + torch.arange(len(text), device=text.device)
+    by_text = text @ gather_rows(video).T / TEMPERATURE
+    by_video = video @ gather_rows(text).T / TEMPERATURE
+    return F.cross_entropy(by_text.float(), own) + F.cross_entropy(by_video.float(), own)
 
 
-# ---- run folders ----------------------------------------------------------------------------------------------------
-
-OTHERWISE = "choose another --out; a run that had begun goes on with --resume"       # where writing fails
-
-
-def save(path, content):
-    """Write beside, flush to the disk, rename: whatever happens, `path` is whole, the new one or the one before.
-    content: a text, or what torch.save takes."""
-    work, whole = Path(f"{path}.part"), io.BytesIO()        # through memory: torch.save to a full disk does not say so
-    whole.write(content.encode()) if isinstance(content, str) else torch.save(content, whole)
-    with writing(path, OTHERWISE):
-        try:
-            with open(work, "wb") as file:
-                file.write(whole.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(work, path)
-        except OSError:
-            work.unlink(missing_ok=True)
-            raise
+def gather_rows(x):
+    """The rows of all processes, with gradients."""
+    return GatherRows.apply(x) if dist.is_initialized() else x
 
 
-def random_state(device):
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+class GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)               # each process has a loss that reads these rows
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def open_run(out, settings, resume):
-    """The run folder: made new, or for `resume` found with the same settings. -> the last checkpoint, or None where
-    there is none yet. What was logged after it is forgotten: it will come again."""
-    last, config, checkpoint = out / "last.pt", out / "config.json", None
-    if resume:
-        if not config.exists():
-            raise UserError(f"--resume: {config} is not there; drop --resume to begin, "
-                            "or name the run's folder with --out")
-        before = json.loads(config.read_text())
-        if different := [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]:
-            raise UserError(f"--resume: another run than {out}: {'; '.join(different)}; "
-                            "use the same flags, or another --out")
-        checkpoint = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
-    else:
-        with writing(out, OTHERWISE):
-            if out.exists() and any(file.suffix != ".part" for file in out.iterdir()):
-                raise UserError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
-            out.mkdir(parents=True, exist_ok=True)
-        save(config, json.dumps(settings, indent=1))
-    with writing(out / "metrics.jsonl", OTHERWISE), open(out / "metrics.jsonl", "ab") as log:
-        log.truncate(min(log.tell(), checkpoint["logged"]) if checkpoint else 0)
-    return checkpoint
+def retrieval_losses(model, batch, vtm):
+    """Contrast; with vtm also the rank loss (the clip's caption against drawn ones) and, at half
+    weight, matching: the caption belongs to the clip, the first drawn one does not.
+    Differs: the released code draws another clip for matching, not another caption."""
+    if not vtm:
+        return {"contrast": contrastive_loss(*embeddings(model, batch))}
+    caption = {"frames": batch["frames"], "input_ids": batch["input_ids"][:, 0],
+               "attention_mask": batch["attention_mask"][:, 0]}
+    B, A, L = batch["input_ids"].shape
+    video = model.embed_frames(batch["frames"]).repeat_interleave(A, dim=0)
+    out = model.fuse(video, batch["input_ids"].flatten(0, 1),
+                     batch["attention_mask"].flatten(0, 1), queries=1)
+    scores = model.task_heads["rank"](out.pooled).view(B, A)
+    match = model.task_heads["matching"](out.pooled).view(B, A, 2)[:, :2].flatten(0, 1)
+    is_own = torch.tensor([1, 0], device=match.device).repeat(B)
+    return {"contrast": contrastive_loss(*embeddings(model, caption)),
+            "rank": cross_entropy(scores, batch["target"]),
+            "matching": 0.5 * cross_entropy(match, is_own)}
 
 
-# ---- python train.py ------------------------------------------------------------------------------------------------
-
-def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data, model, optim, run = (parser.add_argument_group(g) for g in ("data", "model", "optimisation", "run"))
-    toy = lambda i: ", ".join(f"{name} {task.toy[i]:g}" for name, task in TASKS.items())
-    data.add_argument("--task", required=True, choices=TASKS)
-    data.add_argument("--benchmark", metavar="NAME", help="out of eval.py --list; for pretrain several, with commas "
-                      "(default: " + ", ".join(f"{task.benchmark} for {name}" for name, task in TASKS.items()) + ")")
-    data.add_argument("--data", help="folder of the dataset as its owners distribute it, or a .jsonl; "
-                      "one per benchmark, with commas (default: the toy world, made in data/toy)")
-    data.add_argument("--tokenizer", help="tokenizer.json, vocab.txt or hub name (default: that of --init, else "
-                      "tokenizer.json in or beside --data)")
-    data.add_argument("--allow-missing", action="store_true", help="go on although clips are missing or unreadable")
-    data.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
-                      help="decoding processes, of each process of torchrun (here default %(default)s)")
-    model.add_argument("--size", choices=SIZES, help="default: that of --init, else toy")
-    model.add_argument("--frames", type=int, help="T, frames a clip (default: that of --init, else 3)")
-    model.add_argument("--roll", choices=("spread", "block", "none"),
-                       help="which tokens roll (default: that of --init, else spread)")
-    model.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other fields of the model, such as "
-                       f"fraction=0.125 time=0 (default: those of --init or --size); names: {', '.join(SETTABLE)}")
-    model.add_argument("--init", metavar="FILE", help="weights to start from: ours, released All-in-one, "
-                       "timm ViT or DeiT, Hugging Face ViLT (default: random)")
-    optim.add_argument("--steps", type=int, help="optimiser steps (default: as many as --epochs makes)")
-    optim.add_argument("--epochs", type=float, help="passes over the training split "
-                       f"(default {Task.epochs}; toy size: until so many clips are seen: {toy(2)})")
-    optim.add_argument("--batch", type=int, help="clips per optimiser step, over all processes "
-                       f"(default {Task.batch}; toy size: {toy(1)})")
-    optim.add_argument("--accum", type=int, default=1, help="micro-batches per process and step (default 1)")
-    optim.add_argument("--lr", type=float, help=f"peak learning rate (default {Task.lr:g}; toy size: {toy(0)})")
-    optim.add_argument("--contrast", action="store_true", help="pretrain: add the contrastive loss")
-    optim.add_argument("--rerank", type=int, default=0, metavar="K", help="retrieval: add a matching loss with hard "
-                       "negatives; its head orders the first K anew in evaluation (default 0: neither)")
-    run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/BENCHMARK-SIZE-ROLL-SET-sSEED)")
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    run.add_argument("--seed", type=int, default=0, help="of weights, order and frames (default 0)")
-    run.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    run.add_argument("--amp", action="store_true", help="bfloat16 autocast (default: float32)")
-    run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--checkpointing", action="store_true",
-                     help="recompute blocks in backward: less memory, more time")
-    run.add_argument("--views", type=int, default=1,
-                     help="evaluation: sets of frames a clip, scores averaged (default 1)")
-    return parser.parse_args(argv)
+def pretrain_losses(model, batch, contrast):
+    """Matching and masked words. Both texts of a clip are read as one batch, so that the frames
+    are embedded once."""
+    B, _, L = batch["input_ids"].shape
+    ids = batch["input_ids"][:, :2].flatten(0, 1)           # to match, masked, to match, ...
+    mask = batch["attention_mask"][:, :2].flatten(0, 1)
+    video = model.embed_frames(batch["frames"]).repeat_interleave(2, dim=0)
+    out = model.fuse(video, ids, mask, queries=L)
+    match = model.task_heads["matching"](out.pooled[::2])
+    text = out.text[1::2].flatten(0, 1)                     # (B*L, D)
+    words = model.task_heads["mlm"](text[batch["masked"]])  # only where a word is masked
+    losses = {"matching": cross_entropy(match, batch["target"]),
+              "mlm": cross_entropy(words, batch["labels"])}
+    if contrast:
+        caption = {"frames": batch["frames"], "input_ids": batch["input_ids"][:, 2],
+                   "attention_mask": batch["attention_mask"][:, 2]}
+        losses["contrast"] = contrastive_loss(*embeddings(model, caption))
+    return losses
 
 
-def overrides(pairs):
-    """["fraction=0.125", "time=0"] -> {"fraction": 0.125, "time": False}, of the types of Config's fields."""
-    changes = {}
+# ---- data ----------------------------------------------------------------------------------------
+
+# The toy size starts from nothing and has its own recipe: learning rate, batch, clips seen in all.
+TOY = {"vqa": ("msrvtt-qa", 6e-4, 16, 67_200), "choice": ("tgif-action", 6e-4, 8, 8_000),
+       "vcr": ("vcr", 6e-4, 8, 8_000), "retrieval": ("msrvtt", 7e-4, 32, 30_000),
+       "pretrain": ("webvid", 7e-4, 32, 16_000), "action": ("hmdb51", 6e-4, 32, 16_000)}
+
+
+class Data:
+    """What a run reads: its folders, their benchmarks, tokenizer, answer list, the model's config,
+    and the datasets."""
+
+    def __init__(self, args, init):
+        """init: the checkpoint of --init or None."""
+        self.folders = find_folders(args)
+        found = [benchmark_of(folder, args.task) for folder in self.folders]
+        self.names = [name for name, _ in found]
+        self.benchmarks = [benchmark for _, benchmark in found]
+        self.benchmark = self.benchmarks[0]
+        self.vtm = args.vtm or self.benchmark.vtm
+        task = self.benchmark.task
+        if task != "pretrain" and (len(found) > 1 or args.contrast):
+            raise UserError(f"several folders and --contrast are for pre-training, not for {task}")
+        if task != "retrieval" and args.vtm:
+            raise UserError(f"--vtm is for retrieval, not for {task}")
+        self.tokenizer = find_tokenizer(args, init, self.folders[0])
+        self.answers = []
+        if "answer" in self.benchmark.heads:
+            self.answers = read_answers(self.folders[0])
+        self.config = make_config(args, init, self)
+        self.toy = self.config.width == SIZES["toy"].width
+        self.train = MixedDataset(self.open("train", args))
+        self.val = []                           # one's own data may do without
+        if all(has_split(folder, "val") for folder in self.folders):
+            self.val = self.open("val", args)
+
+    def open(self, split, args):
+        datasets = []
+        for folder, benchmark in zip(self.folders, self.benchmarks):
+            train = split == "train"
+            more = {"negatives": benchmark.negatives if self.vtm else 0, "views": benchmark.views}
+            spec = input_spec(benchmark, self.config, self.tokenizer, self.answers, **more)
+            datasets.append(VideoTextDataset(folder, split, spec, train, args.seed))
+        return datasets
+
+
+def find_folders(args):
+    """The folders of --data; without it that of the toy world, made if it is not there."""
+    if args.data:
+        return [os.path.abspath(folder) for folder in args.data.split(",")]
+    if args.task is None:
+        raise UserError(f"give --data FOLDER, or --task for the toy world: {', '.join(TOY)}")
+    from tools.toy import make_toy
+    name = TOY[args.task][0]
+    if process_rank()[0] == 0:
+        make_toy("data/toy", [name])
+    wait_for_all()
+    return [os.path.abspath(f"data/toy/{name}")]
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def find_tokenizer(args, init, folder):
+    path = os.path.join(folder, "tokenizer.json")
+    if args.tokenizer:
+        return Tokenizer.load(args.tokenizer)
+    if init:
+        return Tokenizer.from_json(init["tokenizer"])
+    if os.path.exists(path):
+        return Tokenizer.load(path)
+    raise UserError(f"{path} is not there; give --tokenizer vocab.txt or bert-base-uncased")
+
+
+def make_config(args, init, data):
+    """Of --size, or of --init; with the text length and the frames of the benchmark."""
+    config = init["config"] if init and not args.size else SIZES[args.size or "toy"]
+    changes = {"vocab": len(data.tokenizer), "answers": len(data.answers),
+               "text_length": data.benchmark.text_length,
+               "frames": args.frames or max(3, data.benchmark.frames)}
+    if args.roll:
+        changes["roll"] = args.roll
+    return replace(config, **changes, **parse_settings(args.set))
+
+
+SETTABLE = ("fraction", "time", "roll_unimodal", "dropout", "drop_path")
+
+
+def parse_settings(pairs):
+    """["fraction=0.125", "time=0"] -> {"fraction": 0.125, "time": False}"""
+    kinds = {field.name: field.type for field in fields(Config)}
+    settings = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
-        kind = SETTABLE.get(name)
+        if name not in SETTABLE:
+            raise UserError(f"--set {pair}: give NAME=VALUE, NAME out of {', '.join(SETTABLE)}")
         try:
-            changes[name] = value = {"0": False, "1": True}[text] if kind is bool else kind(text)
-            if kind is int and value < 1 or kind is float and not 0 <= value <= 1:
-                raise ValueError
-        except (TypeError, ValueError, KeyError):
-            needed = {int: "a whole number above 0", float: "a number from 0 to 1", bool: "0 or 1"}
-            raise UserError(f"--set {pair}: " + (f"{name} needs {needed[kind]}" if kind else
-                            f"NAME=VALUE is needed, NAME one of {', '.join(SETTABLE)}")) from None
-    return changes
+            settings[name] = {"0": False, "1": True}[text] if kinds[name] is bool else float(text)
+        except (ValueError, KeyError):
+            raise UserError(f"--set {pair}: {name} takes "
+                            + ("0 or 1" if kinds[name] is bool else "a number")) from None
+    return settings
 
 
-def train(args):
-    # -- what is asked for: the command line over the task's presets
-    task, rank, world = TASKS[args.task], int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    check_numbers(args, ("steps", "epochs", "batch", "accum", "lr", "frames", "views"), ("workers", "seed", "rerank"))
-    for flag, owner in (("contrast", "pretrain"), ("rerank", "retrieval")):
-        if getattr(args, flag) and args.task != owner:
-            raise UserError(f"--{flag} is for --task {owner}, not {args.task}; leave it out")
-    if args.views > 1 and args.task == "pretrain":
-        raise UserError(f"--views {args.views}: pretrain is no task of answering or finding; leave it out")
-    device = device_of(f"cuda:{local}" if args.device in (None, "cuda") and torch.cuda.is_available() else args.device)
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)                   # NCCL sends objects through the current one
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *_, **__: None
-    names = (args.benchmark or task.benchmark).split(",")
-    if len(names) > 1 and args.task != "pretrain":
-        raise UserError(f"--benchmark {args.benchmark}: only --task pretrain mixes several; choose one")
-    for name in names:
-        if name not in BENCHMARKS or BENCHMARKS[name].task != args.task:
-            raise UserError(f"--benchmark {name}: --task {args.task} knows "
-                            + ", ".join(n for n, b in BENCHMARKS.items() if b.task == args.task))
-    size = args.size or (None if args.init else "toy")
-    if size == "toy":
-        torch.set_num_threads(1)                            # its products are too small to be shared out
-    lr, batch, shown = task.toy if size == "toy" else (task.lr, task.batch, 0)
-    lr, batch, head_lr = args.lr or lr, args.batch or batch, 1 if size == "toy" else HEAD_LR
-    if batch % (world * args.accum):
-        raise UserError(f"--batch {batch} cannot be cut into {world} processes x {args.accum} micro-batches "
-                        "of equal size")
+# ---- model, recipe, optimiser --------------------------------------------------------------------
 
-    # -- data
-    bench, roots = BENCHMARKS[names[0]], roots_of(args.data, names)
-    tested = all(has_split(name, root, "test") for name, root in zip(names, roots))
-    wanted = ("train", "val", "test") if tested else ("train", "val")
-    splits = {split: [load_split(name, root, split) for name, root in zip(names, roots)] for split in wanted}
-    for split in splits:
-        say(f"{split:5s} {survey(splits[split], roots, split, args.allow_missing)}")
-    for name, root, rows in zip(names, roots, splits["val"]):
-        if not has_split(name, root, "val"):
-            say(f"{name}: val is a held-out slice of train: {len({e.media for e in rows})} clips")
-    carried = None if args.tokenizer else tokenizer_of(args.init)
-    beside = Path(roots[0]).parent if roots[0].endswith(".jsonl") else Path(roots[0])
-    if not carried and not args.tokenizer and not (beside / "tokenizer.json").exists():
-        raise UserError(f"no tokenizer: {beside}/tokenizer.json is not there; give --tokenizer vocab.txt, "
-                        "a tokenizer.json or bert-base-uncased")
-    words = Words.from_json(carried) if carried else Words.load(args.tokenizer or str(beside / "tokenizer.json"))
-    answers = []
-    if args.task == "vqa":
-        answers = answer_list(splits["train"][0], bench.answers)
-        listed = set(answers)
-        known = [[e for e in splits["train"][0] if e.answer in listed]]
-        final, unknown = wanted[-1], len(splits["train"][0]) - len(known[0])
-        say(f"answers: {len(answers)}; they cover {coverage(splits[final][0], answers):.1%} of the {final} answers, "
-            f"the ceiling; {unknown} training questions with other answers are left out")
-        splits["train"] = known
-    elif args.task == "action":
-        answers = [f"class {i}" for i in range(1 + max(e.answer for parts in splits.values() for e in parts[0]))]
 
-    # -- model
-    heads = (*task.heads, *(("contrast",) if args.contrast else ()), *(("matching",) if args.rerank else ()))
-    changes = {"vocab": len(words), "words": bench.length, "answers": len(answers),
-               **{k: v for k, v in (("frames", args.frames), ("roll", args.roll)) if v}, **overrides(args.set)}
+def make_model(args, init, data):
+    heads = list(data.benchmark.heads)
+    if args.contrast:
+        heads.append("contrast")
+    if data.vtm:
+        heads += ["rank", "matching"]
     torch.manual_seed(args.seed)
-    try:
-        if args.init and not args.size:
-            config = read_config(args.init, **changes)
-        else:                                               # of the checkpoint all that its weights were trained for
-            kept = asdict(read_config(args.init)) if args.init else {}
-            kept = {name: kept[name] for name in ("frames", "roll", "fraction", "roll_unimodal", "time") if kept}
-            config = replace(SIZES[size], **{**kept, **changes})
-        model = AllInOne(config, heads).to(device)
-    except ValueError as error:                             # values of --set that do not go together
-        raise UserError(str(error)) from None
-    if args.init:
-        say(f"{args.init}: {load_weights(model, args.init, answers)}")
-    model.checkpointing = args.checkpointing
-    if rank:                                                # the same weights everywhere, dropout of each one's own
-        torch.manual_seed(args.seed + rank)
-    if args.task == "action":                               # a linear probe: the backbone stays as it is
+    model = AllInOne(data.config, heads)
+    if data.toy:
+        init_narrow(model)
+    if init:
+        print0(f"{args.init}: {load_weights(model, init, data.answers)}")
+    if data.benchmark.task == "action":         # linear evaluation, as released
         for name, p in model.named_parameters():
-            p.requires_grad = name.startswith("heads.")
-        if not args.init:
-            say("no --init: this is a linear probe of a random backbone")
+            p.requires_grad = name.startswith(("pooler.", "task_heads."))
+    return model
 
-    def clips_of(split):
-        recipe = lambda b: Recipe(args.task, words, b.join, 1 if b.still else config.frames, config.image, config.words,
-                                  {a: i for i, a in enumerate(answers)}, b.flip, args.views, args.rerank)
-        parts = [Clips(e, root, recipe(BENCHMARKS[n]), args.seed) for e, root, n in zip(splits[split], roots, names)]
-        return Mixed(parts) if len(parts) > 1 else parts[0]
 
-    clips = {split: clips_of(split) for split in splits}
-    groups = clips["train"].groups
-    steps_per_epoch = Order(groups, batch, 1, args.seed).steps_per_epoch
-    epochs = args.epochs or (shown / batch / steps_per_epoch if shown else task.epochs)
-    total = args.steps or max(1, round(epochs * steps_per_epoch))
+@dataclass
+class Recipe:
+    """The benchmark's recipe, as the flags changed it."""
+    batch: int          # clips per optimiser step, over all processes and micro-batches
+    lr: float           # peak learning rate
+    head_lr: float      # factor for task heads
+    steps: int
+    warmup: int         # steps
+    epoch: int          # steps
 
-    # -- the run folder, and where it left off
-    parts = "+".join(names), size or "init", config.roll, *(pair.replace("=", "") for pair in args.set), f"s{args.seed}"
-    out = Path(args.out or "runs/" + "-".join(parts))
-    settings = {"task": args.task, "benchmarks": names, "data": roots, **asdict(config), "init": args.init, "lr": lr,
-                "batch": batch, "accum": args.accum, "processes": world, "device": device.type, "steps": total,
-                "seed": args.seed, "contrast": args.contrast, "amp": args.amp, "views": args.views,
-                "rerank": args.rerank, "tokenizer": f"crc32 {zlib.crc32(words.tokenizer.to_str().encode()):08x}"}
-    last = from_first(lambda: open_run(out, settings, args.resume))
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, head_lr), betas=(0.9, 0.98), fused=True)
-    peaks, first, best, bad = [group["lr"] for group in optimizer.param_groups], 0, -math.inf, {}
-    if last:
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        first, best, bad = last["step"], last["best"], last["bad"]
-        torch.set_rng_state(last["random"][rank]["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(last["random"][rank]["cuda"], device)
-    if args.resume:
-        say(f"resumed at step {first}")
-    about = {"config": asdict(config), "heads": list(heads), "answers": answers, "task": args.task, "benchmarks": names,
-             "data": roots, "tokenizer": words.tokenizer.to_str(), "views": args.views, "rerank": args.rerank}
-    losses_of = Losses(model, task)
-    losses_of = torch.compile(losses_of) if args.compile else losses_of
-    if world > 1:                                           # contrast alone leaves the pooling without gradients
-        unused = heads == ("contrast",) or not config.time
-        losses_of = nn.parallel.DistributedDataParallel(losses_of, find_unused_parameters=unused)
-    say(f"model: {millions(model):.2f} M parameters, {config.frames} frames, "
-        f"roll {config.roll}, on {device}\n"
-        f"batch: {batch // world // args.accum} micro x {args.accum} accum x {world} world = {batch} global; "
-        f"{total} steps of which {steps_per_epoch} are an epoch; lr {lr:g}")
 
-    # -- the loop
-    order = Order(groups, batch, args.accum, args.seed, first, rank, world)
-    batches = iter(loader(clips["train"], order, args.workers, words.pad))
-    chance = {"vqa": len(answers), "action": len(answers), "choice": len(splits["train"][0][0].options), "vcr": 4,
-              "matching": 2, "mlm": len(words), "contrast": (batch // args.accum) ** 2}        # contrast: two losses
-    blank, examples = nothing(clips["train"], words.pad), list(itertools.chain(*splits["train"]))
-    stop = []
+def make_recipe(args, data):
+    """Prints the recipe, and what a smaller batch means."""
+    benchmark = data.benchmark
+    _, lr, usual, clips = TOY[benchmark.task]
+    if not data.toy:
+        lr = benchmark.lr
+        usual = benchmark.batch
+    pieces = args.accum * process_rank()[1]
+    lengths = [len(part) for part in data.train.parts]
+    batch = min(args.batch or usual, min(lengths) // pieces * pieces)
+    if batch < (args.batch or usual):
+        print0(f"batch cut to {batch}: the smallest data set has {min(lengths)} rows")
+    if batch == 0 or batch % pieces:
+        raise UserError(f"--batch {batch} must be a multiple of {pieces}, processes x --accum")
+    epoch = sum(length // batch for length in lengths)
+    steps = benchmark.steps or benchmark.epochs * epoch
+    if data.toy:
+        steps = clips // batch
+    steps = args.steps or max(1, steps)
+    warmup = benchmark.warmup if benchmark.warmup >= 1 and not data.toy else 0.1 * steps
+    head_lr = 1 if data.toy else benchmark.head_lr
+    recipe = Recipe(batch, args.lr or lr, head_lr, steps, round(warmup), epoch)
+    print0(f"recipe: batch {batch}, {steps} steps of which {epoch} are an epoch, lr {recipe.lr:g} "
+           f"(task heads x {head_lr:g}), warm-up {recipe.warmup} steps")
+    if args.batch and batch < usual:
+        print0(f"the usual batch is {usual}; --batch {usual} --accum {usual // batch} keeps it in "
+               "the same memory")
+    return recipe
 
-    def stop_soon(number, _):                               # a scheduler wants the machine, or Ctrl-C: save, then end
-        stop.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)                # a second Ctrl-C ends at once
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop_soon)
-    log, seen, waited, started = out / "metrics.jsonl", 0, 0.0, time.perf_counter()
-    bar = tqdm(range(first, total), initial=first, total=total, disable=not (rank == 0 and sys.stderr.isatty()))
-    tell = partial(say, flush=True) if bar.disable else bar.write               # not into the bar's line
-    how = dict(workers=args.workers, amp=args.amp, allow_missing=args.allow_missing, batch=min(batch, 64))
 
-    def note(line):
-        if rank == 0:
-            with writing(log, OTHERWISE), open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
+def lr_at(step, recipe):
+    """The share of the peak at step 0, 1, ...: linear from 0, then linear to 0, as released."""
+    if step < recipe.warmup:
+        return step / recipe.warmup
+    return (recipe.steps - step) / max(1, recipe.steps - recipe.warmup)
 
+
+def make_optimizer(model, recipe):
+    """AdamW as released: no decay on biases, norms and single vectors; task heads learn faster."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            key = (name.startswith("task_heads."), p.dim() > 1)
+            groups.setdefault(key, []).append(p)
+    parts = []
+    for (head, matrix), params in groups.items():
+        peak = recipe.lr * (recipe.head_lr if head else 1)
+        decay = 0.01 if matrix else 0.0
+        parts.append({"params": params, "lr": peak, "peak": peak, "weight_decay": decay})
+    return torch.optim.AdamW(parts, betas=(0.9, 0.98), eps=1e-8, fused=True)
+
+
+# ---- the run folder ------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """The files of a run: config.json (what must stay equal), metrics.jsonl (the log), last.pt (to
+    resume from), best.pt (best on validation), bad.txt (clips left out), test.json. Only the first
+    process writes, but for bad.txt."""
+
+    def __init__(self, folder, settings, resume):
+        """Make the folder, or find it with the same settings. self.last is its last checkpoint."""
+        self.folder = folder
+        self.last = {"step": 0, "best": -math.inf, "bad": [], "logged": 0}
+        if process_rank()[0] == 0:
+            self.claim(settings, resume)
+        wait_for_all()
+        if resume and os.path.exists(self.path("last.pt")):
+            self.last |= load_checkpoint(self.path("last.pt"))
+        if process_rank()[0] == 0:
+            self.cut_log()
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def claim(self, settings, resume):
+        settings = json.loads(json.dumps(settings))
+        config = self.path("config.json")
+        if not resume and os.path.exists(config):
+            raise UserError(f"{self.folder} holds a run; go on with --resume, or choose another "
+                            "--out")
+        if resume:
+            self.check_settings(settings)
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self.lock = lock_folder(self.folder)            # held as long as this process lives
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out {self.folder!r}: {error}; choose another folder") from None
+        if not resume:
+            write_file(config, json.dumps(settings, indent=1))
+
+    def check_settings(self, settings):
+        config = self.path("config.json")
+        try:
+            with open(config, encoding="utf-8") as file:
+                before = dict(json.load(file))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"--resume: {config} cannot be read ({error}); start again with "
+                            "another --out") from None
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise UserError(f"--resume: {name} was {before.get(name)}, now {value}; use the "
+                                "same flags and data, or another --out")
+
+    def cut_log(self):
+        """Lines after the last checkpoint will come again; a line that was cut is lost."""
+        try:
+            with open(self.path("metrics.jsonl"), "a+b") as file:
+                file.seek(0)
+                whole_lines = file.read(self.last["logged"]).rfind(b"\n") + 1
+                file.truncate(whole_lines)
+        except OSError as error:
+            raise UserError(f"{self.path('metrics.jsonl')}: {error.strerror}") from None
+
+    def append(self, name, line):
+        try:
+            with open(self.path(name), "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path(name)} cannot be written: {error.strerror}; make room and "
+                            "go on with --resume") from None
+
+    def log(self, line):
+        if process_rank()[0] == 0:
+            self.append("metrics.jsonl", json.dumps(line))
+
+    def save(self, name, model, data, **about):
+        """A checkpoint that needs no flags: it carries tokenizer, answers and folders."""
+        if process_rank()[0] > 0:
+            return
+        logged = os.path.getsize(self.path("metrics.jsonl"))
+        save_checkpoint(self.path(name), model, logged=logged, answers=data.answers,
+                        tokenizer=data.tokenizer.to_json(), name="+".join(data.names),
+                        data=data.folders, **about)
+
+    def restore(self, model, optimizer):
+        """Fill both from the last checkpoint."""
+        if "model" not in self.last:
+            return
+        try:
+            model.load_state_dict(self.last.pop("model"))
+            optimizer.load_state_dict(self.last.pop("optimizer"))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            cause = str(error).splitlines()[0]
+            raise UserError(f"{self.path('last.pt')} cannot be resumed from: {cause}") from None
+        print0(f"resumed at step {self.last['step']}")
+
+
+def run_settings(args, data, recipe):
+    """What must be equal for a resumed run to be the same run."""
+    return {"names": data.names, "rows": [part.rows.crc for part in data.train.parts],
+            "model": asdict(data.config), "recipe": asdict(recipe), "init": args.init,
+            "accum": args.accum, "processes": process_rank()[1],
+            "threads": torch.get_num_threads(), "seed": args.seed, "amp": args.amp,
+            "contrast": args.contrast, "vtm": data.vtm,
+            "answers": zlib.crc32("\n".join(data.answers).encode()),
+            "tokenizer": zlib.crc32(data.tokenizer.to_json().encode())}
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """SIGTERM or Ctrl-C: save and end."""
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a wish to stop after the step. A wait for data ends at once.
+    With several processes the first one saves; the others go on until it has ended."""
+
+    def __init__(self):
+        self.asked = False
+        self.waiting = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a second Ctrl-C ends at once
+        if process_rank()[0] > 0:
+            sys.excepthook = lambda *details: None      # no traceback when the first has ended
+            return
+        self.asked = True
+        if self.waiting:
+            raise Stop
+
+    def next(self, batches):
+        self.waiting = True
+        try:
+            if self.asked:
+                raise Stop
+            return next(batches)
+        finally:
+            self.waiting = False
+
+    def release(self):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class BadClips:
+    """Training goes on without a few clips, but not in silence."""
+
+    def __init__(self, run, rows):
+        self.run = run
+        self.limit = max(10, rows // 100)
+        self.seen = set(run.last["bad"])
+
+    def note(self, batch):
+        for name, cause in batch["errors"].items():
+            if name not in self.seen:
+                self.seen.add(name)
+                self.run.append("bad.txt", f"{name}\t{cause}")
+        if len(self.seen) > self.limit or "frames" not in batch:
+            raise UserError(f"{len(self.seen)} training clips cannot be read, more than 1 %; "
+                            f"{self.run.path('bad.txt')} lists them; prepare the data again")
+
+
+def train_step(losses, optimizer, micro_batches, world, amp):
+    """One optimiser step over micro-batches. Returns {name: loss}, means of this process."""
+    count = len(micro_batches)
+    means = {}
+    for n, batch in enumerate(micro_batches):
+        # Gradients of all processes are averaged once, after the last micro-batch.
+        waits = world > 1 and n + 1 < count
+        device = batch["frames"].device.type
+        with losses.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(device, torch.bfloat16, enabled=amp):
+                parts = losses(batch)
+            (sum(parts.values()) / count).backward()
+        for name, loss in parts.items():
+            means[name] = means.get(name, 0) + loss.detach() / count
+    optimizer.step()
+    optimizer.zero_grad()
+    return means
+
+
+def check_losses(step, means, micro_batches):
+    """Raises UserError if a loss is not finite, naming the step, the losses and the rows."""
+    if all(math.isfinite(loss) for loss in means.values()):
+        return
+    losses = ", ".join(f"{name} {loss:g}" for name, loss in means.items())
+    rows = torch.cat([batch["index"] for batch in micro_batches]).tolist()
+    raise UserError(f"step {step}: a loss is not finite ({losses}); training rows {rows}; lower "
+                    "--lr, or look at these clips")
+
+
+def mean_over_processes(means, device):
+    """{name: float}. Waits for the device: call it only for what is printed."""
+    values = torch.stack([loss.float() for loss in means.values()]).to(device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(means, values.tolist()))
+
+
+def chance_losses(data, pairs):
+    """The loss of a guess, in nats: a loss that stays there has learnt nothing.
+    pairs: the clips of one micro-batch, which contrast tells apart."""
+    row = data.train.parts[0].rows[0]
+    options = len(row.get("options", ())) or max(2, len(data.answers))
+    return {data.benchmark.task: math.log(options), "mlm": math.log(data.config.vocab),
+            "matching": math.log(2) * (0.5 if data.vtm else 1), "contrast": 2 * math.log(pairs),
+            "rank": math.log(1 + data.benchmark.negatives)}
+
+
+def loop(args, data, recipe, model, optimizer, run, device):
+    """Train from the last checkpoint on; validate and save on the way."""
+    rank, world = process_rank()
+    run.restore(model, optimizer)
+    step = run.last["step"]
+    best = run.last["best"]
+    losses = wrap(Losses(model, data.benchmark, args.contrast, data.vtm), args, data, device)
+    lengths = [len(part) for part in data.train.parts]
+    sampler = BatchSampler(lengths, recipe.batch, args.seed, args.accum, rank, world, step)
+    check_shared_memory(data.train.parts[0].spec, recipe.batch // sampler.pieces, args.workers)
+    batches = make_loader(data.train, sampler, args.workers, data.tokenizer.pad)
+    loading = Loading(min(recipe.batch, 64), args.workers, args.amp, allow_missing=True)
+    chance = chance_losses(data, recipe.batch // args.accum)
+    bad = BadClips(run, sum(lengths))
+    stop = StopSignal()
+    started = time.perf_counter()
+    first_step = step
+    waited = 0.0                                # seconds, for data
+    bar = progress(range(step, recipe.steps), "training")
     model.train()
-    for step in bar:
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * lr_at(step, total)
-        begin = time.perf_counter()
-        micro = [blank | next(batches) for _ in range(args.accum)]
-        waited += time.perf_counter() - begin
-        told = list(itertools.chain(*from_all([(b["errors"], counts(b)) for b in micro])))
-        bad |= {i: cause for errors, _ in told for i, cause in errors.items()}
-        if len(bad) > max(10, 0.01 * len(clips["train"])) and not args.allow_missing:
-            raise UserError(f"{len(bad)} training rows have clips that cannot be read, more than 1 %; the last: "
-                            f"{list(bad.values())[-1]}; mend them, or pass --allow-missing to train without them")
-        count, sums = {unit: sum(some[unit] for _, some in told) for unit in ("rows", "masked")}, {}
-        for i, b in enumerate(micro):
-            b = to_device(b, device)
-            quiet = losses_of.no_sync() if world > 1 and i + 1 < len(micro) else contextlib.nullcontext()
-            with quiet:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    losses = losses_of(b)
-                losses = {name: value / max(1, count[unit]) for name, (value, unit) in losses.items()}
-                (sum(losses.values()) * world).backward()                       # DistributedDataParallel takes the mean
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        told = from_all(({name: value.item() for name, value in sums.items()}, bool(stop)))
-        sums, stopping = {name: sum(some[name] for some, _ in told) for name in sums}, any(flag for _, flag in told)
-        if not math.isfinite(sum(sums.values()) + norm):
-            ours = [i for b in micro for i in b["index"][b["target"] >= 0].tolist()]
-            ids = [examples[i].id for some in from_all(ours) for i in some]
-            parts = ", ".join(f"{k} {v:g}" for k, v in sums.items())
-            raise UserError(f"step {step}: the loss is {sum(sums.values())} ({parts}; gradient {norm:g}); "
-                            f"examples {', '.join(ids)}; lower --lr, or look at these clips")
-        if count["rows"]:                                   # else --allow-missing, and not one clip can be read
-            optimizer.step()
-        optimizer.zero_grad()
-        seen += batch
-        due, ends = ((step + 1) % every == 0 or step + 1 == total for every in (max(1, total // 40), steps_per_epoch))
-        if due:
+    while step < recipe.steps:
+        logs = (step + 1) % max(1, recipe.steps // 40) == 0 or step + 1 == recipe.steps
+        ends = (step + 1) % max(recipe.epoch, recipe.steps // 20) == 0 or step + 1 == recipe.steps
+        seed_step(args.seed, step, rank)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_at(step, recipe)
+        asked = time.perf_counter()
+        try:
+            micro_batches = [stop.next(batches) for _ in range(args.accum)]
+        except Stop:
+            break
+        waited += time.perf_counter() - asked
+        for n, batch in enumerate(micro_batches):
+            bad.note(batch)
+            micro_batches[n] = to_device(batch, device)
+        means = train_step(losses, optimizer, micro_batches, world, args.amp)
+        step += 1
+        if logs or device.type == "cpu":        # on a GPU, reading a number makes the CPU wait
+            means = mean_over_processes(means, device)
+            check_losses(step, means, micro_batches)
+        bar.update()
+        if logs:
+            lr = optimizer.param_groups[0]["lr"]
             spent = time.perf_counter() - started
-            line = {"step": step + 1, **sums, "lr": optimizer.param_groups[0]["lr"],
-                    "clips_per_s": round(seen / spent, 1), "waiting": round(waited / spent, 3)}
-            text = " | ".join([
-                f"step {step + 1:5d}/{total}",
-                *(f"{k} {v:.3f} (chance {math.log(chance[k]):.3f})" for k, v in sums.items()),
-                f"lr {line['lr']:.1e}", f"{line['clips_per_s']:.0f} clips/s (waiting for data {line['waiting']:.0%})",
-                f"eta {spent / (step + 1 - first) * (total - step - 1):.0f} s"])
-            bar.set_postfix_str(text.split(" | ", 1)[1]) if not bar.disable else say(text, flush=True)
-            note(line)
+            speed = {"clips_per_s": (step - first_step) * recipe.batch / spent,
+                     "waiting": waited / spent}
+            print0(log_line(step, recipe, means, chance, lr, speed))
+            run.log({"step": step, **means, "chance": chance, "lr": lr, **speed})
         if ends:
-            metrics, _ = evaluate(model, clips["val"], **how)
-            tell(f"validation at step {step + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-            note({"step": step + 1, "val": metrics})
-            if metrics[task.metric] > best:
-                best = metrics[task.metric]
-                if rank == 0:
-                    save(out / "best.pt", {**about, "model": model.state_dict(), "step": step + 1, "val": metrics})
-        if due or ends or stopping:
-            states = from_all(random_state(device))
-            if rank == 0:
-                save(out / "last.pt", {**about, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                       "step": step + 1, "best": best, "bad": bad, "random": states,
-                                       "logged": log.stat().st_size})
-        if stopping:
-            raise SystemExit(f"train.py: told to stop; {out}/last.pt is at step {step + 1}, "
-                             f"go on with the same flags, --resume and --out {out}" if rank == 0 else 1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # nothing is left to save
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if bad and rank == 0:
-        say(f"{len(bad)} training rows were left out, their clips cannot be read: {out}/bad.txt")
-        save(out / "bad.txt", "".join(f"{examples[i].id} {cause}\n" for i, cause in sorted(bad.items())))
-
-    # -- the test figure, once, of the epoch that was best on validation
-    if "test" in splits:
-        stored = lambda: torch.load(out / "best.pt", map_location="cpu", weights_only=True)["model"]
-        model.load_state_dict(from_first(stored))
-        metrics, records = evaluate(model, clips["test"], **how)
-        if rank == 0:
-            table = by_kind(records, splits["train"][0], roots[0])
-            save(out / "test.json", json.dumps({**metrics, "kinds": table}))
-            say("\n".join(report(metrics, table)))
-    else:
-        say("no test rows here: the validation figure is the last")
-    say(f"{time.perf_counter() - started:.0f} s; next: python eval.py {out}/best.pt")
-    if world > 1:
-        dist.destroy_process_group()
+            metrics = validate(model, data, loading)
+            score = metrics.get(data.benchmark.metric, step)    # without val the last is the best
+            print0(f"validation at step {step}: {format_metrics(metrics) or 'no val.jsonl'}")
+            run.log({"step": step, "val": metrics})
+            if score > best:
+                best = score
+                run.save("best.pt", model, data, step=step)
+        if logs or ends:
+            run.save("last.pt", model, data, step=step, best=best, bad=list(bad.seen),
+                     optimizer=optimizer.state_dict())
+    bar.close()
+    stop.release()
+    if step < recipe.steps:
+        run.save("last.pt", model, data, step=step, best=best, bad=list(bad.seen),
+                 optimizer=optimizer.state_dict())
+        sys.exit(f"train.py: stopped at step {step}; go on with the same flags, --resume and --out "
+                 f"{shlex.quote(run.folder)}")
 
 
-def heard_once():
-    """train(args). Where several processes make the same mistake, only the first of the node says it; the others wait
-    until torchrun ends them."""
-    try:
-        train(arguments())
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", 0)):
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
-            time.sleep(10)
-        raise
+def wrap(losses, args, data, device):
+    """For torch.compile and several processes."""
+    if args.compile:
+        losses = torch.compile(losses)
+    if process_rank()[1] > 1:
+        # Contrast alone leaves the pooler, and time=0 the time embeddings, without gradients.
+        unused = data.benchmark.task == "retrieval" or not data.config.time
+        devices = [device] if device.type == "cuda" else None
+        losses = nn.parallel.DistributedDataParallel(losses, devices,
+                                                     find_unused_parameters=unused)
+    return losses
+
+
+def seed_step(seed, step, rank):
+    """All randomness of a step depends on these three numbers: nothing to store for --resume."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
+
+def log_line(step, recipe, means, chance, lr, speed):
+    """What is printed of a step; lab/README.md explains it."""
+    parts = [f"step {step:5d}/{recipe.steps}"]
+    for name, loss in means.items():
+        parts.append(f"{name} {loss:.3f} (chance {chance[name]:.3f})")
+    left = (recipe.steps - step) * recipe.batch / speed["clips_per_s"]
+    parts += [f"lr {lr:.1e}", f"{speed['clips_per_s']:.0f} clips/s",
+              f"waiting for data {speed['waiting']:.0%}", f"{left:.0f} s left"]
+    return " | ".join(parts)
+
+
+def validate(model, data, loading):
+    """The metrics of the validation set; of several, the mean."""
+    sums = {}
+    for dataset, benchmark in zip(data.val, data.benchmarks):
+        metrics, _ = evaluate(model, dataset, benchmark, data.answers, loading)
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0) + value / len(data.val)
+    return sums
+
+
+def test(run, data, args, device):
+    """The test figures, once, of the checkpoint that was best on validation."""
+    wait_for_all()                              # the first process may still be writing it
+    model, checkpoint = open_checkpoint(run.path("best.pt"))
+    model.to(device)
+    loading = Loading(64, args.workers, args.amp, allow_missing=True)
+    figures = {}
+    for name, folder in zip(data.names, data.folders):
+        if not has_split(folder, "test") and not has_split(folder, "val"):
+            continue
+        metrics, table, _ = evaluate_folder(model, checkpoint, folder, None, loading)
+        figures[name] = {"metrics": metrics, "table": table}
+    if process_rank()[0] == 0:
+        write_file(run.path("test.json"), json.dumps(figures, indent=1, allow_nan=False))
+
+
+# ---- python train.py -----------------------------------------------------------------------------
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data").add_argument
+    data("--task", choices=TOY, help="what to train (default: what --data is for)")
+    data("--data", metavar="FOLDER", help="a prepared folder; for pre-training several, with "
+         "commas (default: the toy world, made in data/toy)")
+    data("--tokenizer", metavar="FILE", help="tokenizer.json, vocab.txt or hub name (default: that "
+         "of --init, else tokenizer.json in --data)")
+    data("--workers", type=int, default=default_workers(), help="processes that read clips, for "
+         "each process of torchrun (here %(default)s)")
+    model = parser.add_argument_group("model").add_argument
+    model("--size", choices=SIZES, help="default: that of --init, else toy")
+    model("--init", metavar="FILE", help="a checkpoint to start from (default: random weights)")
+    model("--frames", type=int, help="T, frames of a clip (default: the recipe's)")
+    model("--roll", choices=("spread", "block", "none"), help="which tokens roll (default: spread)")
+    model("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other fields of the model: "
+          + ", ".join(SETTABLE))
+    recipe = parser.add_argument_group("recipe").add_argument
+    recipe("--steps", type=int, help="optimiser steps")
+    recipe("--batch", type=int, help="clips per step, over all processes and micro-batches")
+    recipe("--accum", type=int, default=1, help="micro-batches per step (default 1)")
+    recipe("--lr", type=float, help="peak learning rate")
+    recipe("--vtm", action="store_true", help="retrieval: add the rank and the matching loss")
+    recipe("--contrast", action="store_true", help="pre-training: add the contrastive loss")
+    run = parser.add_argument_group("run").add_argument
+    run("--out", metavar="FOLDER", help="run folder (default: runs/NAME-SIZE-ROLL-sSEED)")
+    run("--resume", action="store_true", help="go on with the run in --out")
+    run("--seed", type=int, default=0, help="of weights, order and frames (default 0)")
+    run("--amp", action="store_true", help="bfloat16 (default: float32)")
+    run("--compile", action="store_true", help="torch.compile the losses")
+    return parser.parse_args()
+
+
+def check_flags(args):
+    """What can be wrong before any data is read."""
+    check_positive(args, "steps", "batch", "accum", "lr", "frames")
+    check_workers(args.workers)
+    if not 0 <= args.seed < 2 ** 32:
+        raise UserError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
+    parse_settings(args.set)
+    if args.compile and not any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")):
+        raise UserError("--compile needs a C compiler, and none is installed; leave it out")
 
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the loop takes over: nothing is left half written
-    run_main("train.py", heard_once)
+    args = arguments()
+    check_flags(args)
+    device = pick_device(None)
+    join_processes(device)
+    init = load_checkpoint(args.init) if args.init else None
+    data = Data(args, init)
+    if data.toy:
+        torch.set_num_threads(1)                # its matrices are too small to share
+    recipe = make_recipe(args, data)
+    model = make_model(args, init, data).to(device)
+    print0(f"model: {count_parameters(model) / 1e6:.2f} M parameters, T {data.config.frames}, roll "
+           f"{data.config.roll} {data.config.fraction:g}, on {device}")
+    optimizer = make_optimizer(model, recipe)
+    run = RunFolder(args.out or default_folder(args, data), run_settings(args, data, recipe),
+                    args.resume)
+    start = time.perf_counter()
+    loop(args, data, recipe, model, optimizer, run, device)
+    test(run, data, args, device)
+    print0(f"{time.perf_counter() - start:.0f} s; next: python eval.py {shlex.quote(run.folder)}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def default_folder(args, data):
+    parts = ["+".join(data.names), args.size or ("init" if args.init else "toy"), data.config.roll]
+    parts += [pair.replace("=", "") for pair in args.set]
+    return "runs/" + "-".join([*parts, f"s{args.seed}"])
 
 
 if __name__ == "__main__":
-    main()
+    run_main("train.py", main)

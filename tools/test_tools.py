@@ -1,0 +1,2038 @@
+"""Tests of what stands beside the core: prepare, toy, weights, report, search, plots, bench, lab."""
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+import zipfile
+import zlib
+from argparse import Namespace
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from allinone import (AllInOne, build_model, Config, init_narrow, load_checkpoint, load_weights,
+                      run_main, save_checkpoint, SIZES, UserError)
+from data import (BENCHMARKS, Manifest, manifest_info, pick_frames, read_frames, SPECIAL, Tokenizer,
+                  wordpiece)
+from eval import Loading, open_checkpoint
+from rolling import roll_groups, roll_loop
+from tools import bench, prepare as tool, report, search, toy, weights
+from tools.prepare import DataRoot, GIVEN, hold_out, prepare, read_all, READERS, stem
+from tools.toy import encode_picture, make_clip, make_toy
+from tools.weights import convert, our_name
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+CASES = SHARED / "cases"
+REAL = SHARED / "reference/annotations"
+GIF = bytes.fromhex("47494638396101000100800000000000ffffff2c000000000100010000020244010"
+                    "03b")
+
+
+def write(root, files):
+    """Write {name: text, bytes, or rows} below root: a list as an array or as JSON lines."""
+    for name, content in files.items():
+        path = Path(root) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".jsonl") and isinstance(content, list):
+            content = "\n".join(map(json.dumps, content))
+        if not isinstance(content, (str, bytes)):
+            content = json.dumps(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def read(name, root, split):
+    """The rows of one split alone."""
+    with mock.patch.dict(GIVEN, {name: (split,)}):
+        return [row for _, row in read_all(DataRoot(root), name)]
+
+
+def pick(rows, *fields):
+    """Some fields of each row."""
+    return [tuple(map(row.get, fields)) for row in rows]
+
+
+def make(name, root, allow_missing=True, check=False):
+    """Write root/out. Returns ({split: rows}, the printed lines)."""
+    said = []
+    out = Path(root) / "out"
+    prepare(str(name), root if name in READERS else None, out, allow_missing, check, said.append)
+    return {path.stem: list(map(json.loads, path.open())) for path in out.glob("*.jsonl")}, said
+
+
+# ---- question answering --------------------------------------------------------------------------
+
+ACTION = ("gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey\r\n"
+          'tumblr_a\tWhat does it do ?\tnod\t"say ""hi"""\tjump\trun\tsit\t4\tACTION4\t26\r\n')
+
+
+def test_tgif_csv_and_clipberts_jsonl_give_the_same_row(tmp_path):
+    """Tabs, CRLF, doubled quotes and a BOM; vid_id is the id of the question."""
+    fields = {"question": "What does it do ?", "answer": 4,
+              "options": ["nod", 'say "hi"', "jump", "run", "sit"]}
+    jsonl = [{"gif_name": "tumblr_a", **fields}]
+    write(tmp_path, {"a/Train_action_question.csv": b"\xef\xbb\xbf" + ACTION.encode(),
+                     "b/action_train.jsonl": jsonl, "c/tgif_qa/action_train.jsonl": jsonl})
+    row = {"id": "1", "video": "gifs/tumblr_a", **fields, "question_type": "what does"}
+    assert read("tgif-action", tmp_path / "a", "train") == [{**row, "id": "ACTION4"}]
+    assert read("tgif-action", tmp_path / "b", "train") == [row]
+    assert read("tgif-action", tmp_path / "c", "train") == [row]
+
+
+def test_frameqa_types_are_numbers_or_words(tmp_path):
+    head = "gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\r\n"
+    lines = [f"g\twhere is it ?\tbeach\t{n}\tFRAMEQA{n}\t7\tx\r\n" for n in range(4)]
+    row = {"gif_name": "g", "question": "who ?", "answer": "man", "answer_type": "location"}
+    write(tmp_path, {"Test_frameqa_question.csv": head + "".join(lines),
+                     "frameqa_train.jsonl": [row]})
+    assert pick(read("tgif-frame", tmp_path, "test"), "question_type") == [
+        ("object",), ("number",), ("color",), ("location",)]
+    assert pick(read("tgif-frame", tmp_path, "train"), "question_type") == [("location",)]
+
+
+def test_msrvtt_qa_numbers_or_names_its_videos(tmp_path):
+    row = {"answer": "coversation", "id": 8582, "question": "what is it?", "video_id": 6513}
+    clipbert = {"answer": "couch", "question": "who?", "video_id": "video6513"}
+    write(tmp_path, {"val_qa.json": [row], "msrvtt_qa/train.jsonl": [clipbert]})
+    assert read("msrvtt-qa", tmp_path, "val") == [
+        {"id": "8582", "video": "videos/all/video6513", "question": "what is it?",
+         "answer": "coversation", "question_type": "what is"}]
+    assert pick(read("msrvtt-qa", tmp_path, "train"), "id", "video") == [
+        ("1", "videos/all/video6513")]
+
+
+def test_msvd_numbers_are_mapped_to_files(tmp_path):
+    """Names begin with "-" and hold "_". Where the clip is on disk as vid2, that is it."""
+    row = {"answer": "man", "id": 0, "question": "who?", "video_id": 2}
+    write(tmp_path, {"youtube_mapping.txt": "-4ws_5_15 vid1\n-7K_Z_205_208 vid2",
+                     "test_qa.json": [row]})
+    assert read("msvd-qa", tmp_path, "test")[0]["video"] == "YouTubeClips/-7K_Z_205_208"
+    write(tmp_path, {"YouTubeClips/vid2.avi": ""})
+    assert read("msvd-qa", tmp_path, "test")[0]["video"] == "YouTubeClips/vid2.avi"
+
+
+TVQA = {"a0": "a", "a1": "b", "a2": "c", "a3": "d", "a4": "e ", "answer_idx": 4, "qid": 7,
+        "q": "What is held?", "ts": "1.21-8.49", "vid_name": "met_s06e22_seg01_clip_02"}
+
+
+def test_tvqa_times_become_frames(tmp_path):
+    """NaN-NaN is the whole clip, zero length one frame, second 0 file 1; no prefix is bbt."""
+    rows = [TVQA, {**TVQA, "ts": "NaN-NaN", "vid_name": "s03e21_clip_08"},
+            {**TVQA, "ts": "19.18-19.18"}, {**TVQA, "ts": "0-0"}]
+    write(tmp_path, {"tvqa_val.jsonl": rows})
+    rows = read("tvqa", tmp_path, "test")
+    assert pick(rows, "frames") == [([2, 24],), (None,), ([56, 56],), ([0, 0],)]
+    assert pick(rows[:2], "video") == [("frames_hq/met_frames/met_s06e22_seg01_clip_02",),
+                                       ("frames_hq/bbt_frames/s03e21_clip_08",)]
+    assert rows[0]["answer"] == 4 and rows[0]["options"][4] == "e"
+
+
+VCR = {"objects": ["person", "car", "person"], "img_fn": "m/a@0.jpg", "metadata_fn": "m/a@0.json",
+       "question": ["Does", [2], "drive", "?"], "answer_label": 1, "annot_id": "val-1",
+       "answer_choices": [["No"], [[0, 2], "drive"], ["Yes"], ["Maybe"]], "rationale_label": 0,
+       "rationale_choices": [["The", [1], "moves"], ["a"], ["b"], ["c"]]}
+META = {"width": 200, "height": 100,
+        "boxes": [[0, 0, 50, 100, .9], [-9, 0, 900, 50, .8], [100, 50, 150, 100, .7]]}
+
+
+def test_vcr_gives_two_rows(tmp_path):
+    """Tokens count objects from 0, numbers follow first mention, QA->R has the answer, boxes are
+    cut at the border."""
+    write(tmp_path, {"vcr1annots/val.jsonl": [VCR], "vcr1images/m/a@0.json": META,
+                     "vcr1images/m/a@0.jpg": ""})
+    qa, qar = read("vcr", tmp_path, "test")
+    assert pick([qa, qar], "id", "question_type", "answer", "question") == [
+        ("val-1/qa", "Q->A", 1, "Does person 0 drive ?"),
+        ("val-1/qar", "QA->R", 0, "Does person 0 drive ? person 1 person 0 drive")]
+    assert qa["options"][1] == "person 1 person 0 drive" and qar["options"][0] == "The car 2 moves"
+    assert qa["video"] == "vcr1images/m/a@0.jpg"
+    assert qa["boxes"] == [[.5, .5, .75, 1], [0, 0, .25, 1], [0, 0, 1, .5]] == qar["boxes"]
+
+
+def test_vcr_metadata_is_parsed_once_per_picture(tmp_path):
+    write(tmp_path, {"val.jsonl": [VCR] * 9, "vcr1images/m/a@0.json": META})
+    with mock.patch.object(Path, "read_text", autospec=True, side_effect=Path.read_text) as parse:
+        assert len(read("vcr", tmp_path, "test")) == 18
+    assert parse.call_count == 1
+
+
+# ---- retrieval and multiple choice ---------------------------------------------------------------
+
+
+def sentences(*videos):
+    """Two captions of each video, in the form of MSRVTT."""
+    pairs = [(video, word) for video in videos for word in ("see", "hear")]
+    return {"sentences": [{"video_id": f"video{v}", "caption": f"{word} {v}"} for v, word in pairs]}
+
+
+PAIRS = "key,vid_key,video_id,sentence\nret0,msr9770,video9770,a person connects something\n"
+FROZEN = {"annotations": [{"image_id": row["video_id"], "caption": row["caption"]}
+                          for row in sentences(0, 9770, 7)["sentences"]]}
+
+
+@pytest.mark.parametrize("files", [
+    {"MSRVTT_data.json": sentences(0, 9770, 7)}, {"annotation/MSR_VTT.json": FROZEN},
+    {"train_val_videodatainfo.json": sentences(0), "test_videodatainfo.json": sentences(9770, 7)}])
+def test_msrvtt_1k_a_trains_on_all_other_clips(tmp_path, files):
+    write(tmp_path, {**files, "annotations/MSRVTT_JSFUSION_test.csv": PAIRS})
+    assert read("msrvtt", tmp_path, "test") == [
+        {"id": "ret0", "video": "videos/all/video9770", "caption": "a person connects something"}]
+    assert pick(read("msrvtt", tmp_path, "train"), "video", "captions") == [
+        ("videos/all/video0", ["see 0", "hear 0"]), ("videos/all/video7", ["see 7", "hear 7"])]
+
+
+def test_msrvtt_clipbert_has_its_own_lists(tmp_path):
+    test = {"caption": "a man", "clip_name": "video9770", "retrieval_key": "ret0"}
+    write(tmp_path / "msrvtt_retrieval", {
+        "train.jsonl": [{"caption": "a cartoon", "clip_name": "video2960"}], "test.jsonl": [test]})
+    rows = read("msrvtt", tmp_path, "train") + read("msrvtt", tmp_path, "test")
+    assert pick(rows, "id", "video") == [
+        ("video2960/1", "videos/all/video2960"), ("ret0", "videos/all/video9770")]
+
+
+def test_frozens_msrvtt_files_lack_the_test_captions(tmp_path):
+    write(tmp_path, {"annotation/MSR_VTT.json": FROZEN})
+    with pytest.raises(UserError, match="expected MSRVTT_JSFUSION_test.csv .*pkl, which is not op"):
+        read("msrvtt", tmp_path, "train")
+
+
+@pytest.mark.parametrize("file", ["msrvtt_mc_test.jsonl",
+                                  "msrvtt_retrieval_mc/msrvtt_retrieval_mc_test.jsonl"])
+def test_msrvtt_mc_draws_its_training_options(tmp_path, file):
+    """A clip's caption and four of other clips, at places that vary, the same every time."""
+    write(tmp_path, {file: [{"clip_name": "video9", "options": list("abcde"), "answer": 3}],
+                     "MSRVTT_data.json": sentences(*range(10))})
+    assert pick(read("msrvtt-mc", tmp_path, "test"), "id", "question", "options", "answer") == [
+        ("1", "", list("abcde"), 3)]
+    train = read("msrvtt-mc", tmp_path, "train")
+    assert len(train) == 18 and train == read("msrvtt-mc", tmp_path, "train")
+    assert len({row["answer"] for row in train}) > 1
+    for row in train:
+        own = [option.endswith(row["video"][-1]) for option in row["options"]]
+        assert len(set(row["options"])) == 5 and sum(own) == 1 and own[row["answer"]]
+        assert "see 9" not in row["options"] and "hear 9" not in row["options"]
+
+
+def test_didemo_spellings_are_one_clip(tmp_path):
+    """A clip under two extensions is one paragraph in file order; a bare dot ends a name."""
+    rows = [{"video": "1@N0_a.mov", "description": "one."},
+            {"video": "2@N1_b.", "description": "x"}, {"video": "1@N0_a.", "description": "two"}]
+    write(tmp_path, {"val_data.json": rows, "videos/1@N0_a.mp4": ""})
+    assert read("didemo", tmp_path, "val") == [
+        {"id": "1@N0_a", "video": "videos/1@N0_a.mp4", "caption": "one. two"},
+        {"id": "2@N1_b", "video": "video/2@N1_b", "caption": "x"}]
+
+
+def test_activitynet_sentences_become_a_paragraph(tmp_path):
+    text = "A pi\u00f1ata. The coach helps."
+    jsonl = [{"clip_name": "v_a", "caption": text}]
+    write(tmp_path, {"val_1.json": {"v_a": {"sentences": ["A pi\u00f1ata.", "  The coach helps."]}},
+                     "train.jsonl": jsonl, "b/anet_retrieval/train.jsonl": jsonl})
+    row = {"id": "v_a", "video": "videos/v_a", "caption": text}
+    assert read("activitynet", tmp_path, "test") == [row]
+    assert read("activitynet", tmp_path, "train") == [row]
+    assert read("activitynet", tmp_path / "b", "train") == [row]
+
+
+LSMDC = "3011_BLIND_DATING_01.11.23.496-01.11.25.853\t0\t0\t0\t0"
+
+
+def test_lsmdc_groups_train_by_clip(tmp_path):
+    """The caption is the sixth column, quotes are text, clips lie in movie folders."""
+    text = f'{LSMDC}\t"SOMEONE waits.\n{LSMDC}\tHe "nods"\n'
+    write(tmp_path, {"LSMDC16_annos_training.csv": text,
+                     "LSMDC16_challenge_1000_publictect.csv": text})
+    video = "avi/3011_BLIND_DATING/3011_BLIND_DATING_01.11.23.496-01.11.25.853"
+    assert pick(read("lsmdc", tmp_path, "test"), "video", "caption") == [
+        (video, '"SOMEONE waits.'), (video, 'He "nods"')]
+    assert pick(read("lsmdc", tmp_path, "train"), "video", "captions") == [
+        (video, ['"SOMEONE waits.', 'He "nods"'])]
+
+
+def test_lsmdc_mc_answers(tmp_path):
+    """The test counts from 1; the right sentence, first in train, is moved to all places."""
+    write(tmp_path, {"LSMDC16_multiple_choice_train.csv": f"{LSMDC}\tright\tb\tc\td\te\n" * 20,
+                     "LSMDC16_multiple_choice_test_randomized.csv": f"{LSMDC}\ta\tb\tc\td\te\t5\n"})
+    assert pick(read("lsmdc-mc", tmp_path, "test"), "options", "answer") == [(list("abcde"), 4)]
+    train = read("lsmdc-mc", tmp_path, "train")
+    assert {row["options"][row["answer"]] for row in train} == {"right"}
+    assert {row["answer"] for row in train} == {0, 1, 2, 3, 4}
+
+
+def test_ego4d_mc(tmp_path):
+    """Python literals in cells, the last of equal options, 120 frames around the narrated one."""
+    texts = ("a", "#C opens", "#C opens", "b", "c")
+    question = ("uid", 30, "x", "#C opens")
+    rows = [f"uid{n}\t0\t0\t999\t0\t{100 * n}\tnarration {n}\n" for n in range(5)]
+    cells = f'"{question}","{[("u", text) for text in texts]}"'
+    write(tmp_path, {"mc_val.csv": f"question,answers\n{cells}\n",
+                     "ego4d_train_subset.csv": "".join(rows)})
+    assert pick(read("ego4d-mc", tmp_path, "test"), "video", "options", "answer", "frames") == [
+        ("videos/uid", list(texts[:4]), 2, [0, 89])]
+    train = read("ego4d-mc", tmp_path, "train")
+    assert train[4]["frames"] == [340, 459]
+    assert train[4]["options"][train[4]["answer"]] == "narration 4"
+
+
+# ---- pre-training --------------------------------------------------------------------------------
+
+WEBVID = "videoid,page_dir,name\n"
+
+
+def test_webvid_csv_and_tsv(tmp_path):
+    """Captions of several lines, doubled quotes; the tsv has no header. A bare CR is a blank."""
+    text = '"first\nline"\t01_02/7\r\nb\t01_02/8\r\n'
+    write(tmp_path, {"results_2M_train.csv": WEBVID + '1,01,"a ""b""\nc, d"\n2,01,a\rcat\n',
+                     "webvid_validation_success_full.tsv": text})
+    assert pick(read("webvid", tmp_path, "train"), "id", "video", "caption") == [
+        ("1", "videos/01/1", 'a "b" c, d'), ("2", "videos/01/2", "a cat")]
+    assert pick(read("webvid", tmp_path, "test"), "video", "caption") == [
+        ("videos/01_02/7", "first line"), ("videos/01_02/8", "b")]
+
+
+def test_cc3m_pictures_are_named_by_the_crc32_of_their_url(tmp_path):
+    """Raw quotes; the released tsv has paths."""
+    write(tmp_path, {"Train_GCC-training.tsv": 'a "quoted\thttp://x/y.jpg\n',
+                     "cc3m_validation_success_full.tsv": "b\t00/1.jpg\n"})
+    assert pick(read("cc3m", tmp_path, "train"), "video", "caption") == [
+        (f"training/{zlib.crc32(b'http://x/y.jpg')}", 'a "quoted')]
+    assert pick(read("cc3m", tmp_path, "test"), "video") == [("validation/00/1",)]
+
+
+def test_cc3m_leaves_out_pictures_of_two_urls(tmp_path):
+    """"plumless" and "buckeroo" have one crc32. Two captions of one url are no fault."""
+    urls = ["http://x/plumless", "http://x/buckeroo", "http://x/same", "http://x/same"]
+    write(tmp_path, {"Train_GCC-training.tsv": "".join(f"c\t{url}\n" for url in urls)})
+    root = DataRoot(tmp_path)
+    assert pick(READERS["cc3m"](root, "train"), "id") == [("http://x/same",)] * 2
+    assert root.left_out.total() == 2
+
+
+def test_howto100m_narrations_are_stretched_to_four_seconds(tmp_path):
+    """Never below 0; silent and repeated videos are passed over; the released list has paths."""
+    narrations = "start,end,text\n0.4,2.4,check pic\n10,16,pick\n"
+    write(tmp_path, {"HowTo100M_v1.csv": "video_id,rank\n-t.C,1\nzz,1\n-t.C,1\n",
+                     "howto100m_captions/-t.C.csv": narrations})
+    assert pick(read("howto100m", tmp_path, "train"), "id", "video", "caption", "seconds") == [
+        ("videos/-t.C/2", "videos/-t.C", "check pic", [0, 3.4]),
+        ("videos/-t.C/3", "videos/-t.C", "pick", [10, 16])]
+    (tmp_path / "HowTo100M_v1.csv").unlink()
+    write(tmp_path, {"ht100_videos_split.csv": "Name\tx\nfood/-t.C.mp4\t1\n"})
+    assert read("howto100m", tmp_path, "train")[0]["video"] == "videos/food/-t.C"
+
+
+def test_howto100m_is_streamed(tmp_path):
+    """A row comes before the next file is opened."""
+    write(tmp_path, {"HowTo100M_v1.csv": "video_id\na\nb\n", "howto100m_captions/b.csv": "broken",
+                     "howto100m_captions/a.csv": "start,end,text\n1,2,x\n"})
+    assert next(read_all(DataRoot(tmp_path), "howto100m"))[1]["caption"] == "x"
+
+
+@pytest.mark.parametrize("name, files", [
+    ("webvid", {"results_2M_train.csv": WEBVID + "1,01,a\n2,01,\n3,NaN,x\n4,01,nan\n"}),
+    ("cc3m", {"Train_GCC-training.tsv": "NaN\thttp://a\n \thttp://c\nb\thttp://b\nNaN\tx\n"}),
+    ("howto100m", {"HowTo100M_v1.csv": "video_id\nv\n", "howto100m_captions/v.csv":
+                   "start,end,text\n1,2,NaN\n3,1,x\n1,2,\n1,2,y\n"})])
+def test_blank_rows_of_pretraining_are_left_out_and_counted(tmp_path, name, files):
+    root = DataRoot(write(tmp_path, files))
+    assert len(list(READERS[name](root, "train"))) == 1
+    assert root.left_out.total() == 3
+
+
+# ---- action recognition --------------------------------------------------------------------------
+
+
+def test_hmdb51_official_lists(tmp_path):
+    """Classes in alphabetical order (not in that of the files), 1 train, 2 test, 0 none; names
+    with brackets; clips with or without a folder per class."""
+    name = "it's_[a]_(b)!&,_0.avi"
+    write(tmp_path, {f"sword/sword_{name}": ""})
+    for label in ("sword_exercise", "sword", "catch"):
+        lines = f"{label}_{name} 1 \n{label}2.avi 2 \n{label}3.avi 0\n"
+        write(tmp_path, {f"testTrainMulti_7030_splits/{label}_test_split1.txt": lines})
+    train = read("hmdb51", tmp_path, "train")
+    assert pick(train, "id", "label") == [
+        (f"catch_{name}", 0), (f"sword_{name}", 1), (f"sword_exercise_{name}", 2)]
+    assert train[1]["video"] == f"sword/sword_{name}"
+    assert pick(read("hmdb51", tmp_path, "test"), "id") == [
+        ("catch2.avi",), ("sword2.avi",), ("sword_exercise2.avi",)]
+
+
+def test_hmdb51_released_list(tmp_path):
+    """Labels count from 0, those of classInd from 1."""
+    root = DataRoot(write(tmp_path, {"hmdb51_classInd.txt": "1 brush_hair\n2 fallFloor\n",
+                                     "hmdb51_rgb_val_split_1.txt": "/home/hmdb51/a_[1] 47 1\n"}))
+    assert list(READERS["hmdb51"](root, "test")) == [
+        {"id": "a_[1]", "video": "hmdb51/a_[1]", "label": 1}]
+    assert root.classes == ["brush_hair", "fallFloor"]
+
+
+K400 = "label,youtube_id,time_start,time_end,split,is_cc\n"
+
+
+def test_k400_csv_counts_the_labels_of_train(tmp_path):
+    """Clips are named with or without times, folders with blanks or underscores."""
+    train = "zumba,z,1,11,train,0\nair drumming,a,7,17,train,0\n"
+    test = "zumba,y,417,427,val,0\nair drumming,x,0,10,val,0\n"
+    write(tmp_path, {"kinetics-400_train.csv": K400 + train, "kinetics-400_val.csv": K400 + test,
+                     "val/air_drumming/x.mp4": ""})
+    assert pick(read("k400", tmp_path, "train"), "video", "label") == [
+        ("train/zumba/z_000001_000011", 1), ("train/air drumming/a_000007_000017", 0)]
+    assert pick(read("k400", tmp_path, "test"), "video", "label") == [
+        ("val/zumba/y_000417_000427", 1), ("val/air_drumming/x.mp4", 0)]
+
+
+def test_k400_val_needs_the_train_csv(tmp_path):
+    write(tmp_path, {"kinetics-400_val.csv": K400 + "zumba,y,417,427,val,0\n"})
+    with pytest.raises(UserError, match="expected kinetics-400_train.csv"):
+        read("k400", tmp_path, "test")
+
+
+def test_k400_released_lists_name_zips(tmp_path):
+    """Without a label map the classes are numbers."""
+    write(tmp_path, {"k400_train_tsm.list": "/zips/snow_boarding/M_000129_000139.zip\t332\n"
+                                            "/zips/abseiling/N_000129_000139.zip\t0\n",
+                     "kinetics_video_vallist.txt": "/val_256/abseiling/0wR5jVB-WPk.mp4 0\n",
+                     "train/abseiling/N_000129_000139.mp4": ""})
+    rows, _ = make("k400", tmp_path)
+    assert pick(rows["test"], "id", "video", "label") == [
+        ("abseiling/0wR5jVB-WPk.mp4", "val/abseiling/0wR5jVB-WPk", 0)]
+    assert (tmp_path / "out/answers.txt").read_text().splitlines()[332] == "class 332"
+    assert (tmp_path / "out/missing.txt").read_text().splitlines()[0] == (
+        "train\ttrain/snow_boarding/M_000129_000139\tmissing")
+
+
+def test_class_names_become_words(tmp_path):
+    write(tmp_path, {"k400_train_tsm.list": "a/air_drumming/v.zip 0\n", "train/a/v.mp4": "",
+                     "k400_test_tsm.list": "a/zumba/w.zip 1\n", "train/air_drumming/v.mp4": "",
+                     "kinetics_label_map.txt": "air_drumming\nzumba\n"})
+    make("k400", tmp_path)
+    assert (tmp_path / "out/answers.txt").read_text() == "air drumming\nzumba\n"
+
+
+# ---- errors in the owners' files -----------------------------------------------------------------
+
+QA = {"answer": "a", "id": 1, "question": "who?", "video_id": "video1"}
+# benchmark, split, file | content | error. QA, TVQA and VCR begin a good row, DEEP is 10^5 "[".
+BAD_ROWS = r"""
+msrvtt-qa train msrvtt_qa_train.jsonl | QA}\n\xff\n | row 2: 'utf-8' codec
+msrvtt-qa train msrvtt_qa_train.jsonl | QA}\n\n{ | row 3: Expecting
+msrvtt-qa train msrvtt_qa_train.jsonl | QA}\n[] | row 2: expected a JSON object, found
+msrvtt-qa train msrvtt_qa_train.jsonl | null | row 1: expected a JSON object, found None
+msrvtt-qa train msrvtt_qa_train.jsonl | DEEP | row 1: maximum recursion
+msrvtt-qa train train_qa.json | DEEP | train_qa.json: maximum recursion
+msrvtt-qa train train_qa.json | [\xff] | train_qa.json: 'utf-8' codec
+msrvtt-qa train train_qa.json | 7 | train_qa.json: 'int' object
+msrvtt-qa train train_qa.json | {"train": []} | train_qa.json: expected a JSON object, found
+msrvtt-qa train train_qa.json | [QA}, QA, "video_id": "../x"}] | row 2: '../x' is no path
+msrvtt-qa train train_qa.json | [QA, "video_id": "/etc/x"}] | row 1: '/etc/x' is no path
+msrvtt-qa train train_qa.json | [QA, "video_id": ""}] | row 1: '' is no path
+msrvtt-qa train train_qa.json | [QA, "answer": ["a", "b"]}] | row 1: .* is no text
+msrvtt-qa train train_qa.json | [QA, "question": "\\ud800"}] | row 1: 'utf-8' codec can't encode
+msrvtt-qa train train_qa.json | [{"id": 1}] | row 1: missing 'video_id'
+msvd-qa train train_qa.json | [QA, "video_id": 7}] | row 1: missing 'vid7'
+tgif-action train Train_action_question.csv | a\tb\n1\t2\t3 | row 2: 3 columns where the header
+tgif-action train Train_action_question.csv | a\tb\n1\t"2 | row 2: unexpected end of data
+tvqa train tvqa_train.jsonl | TVQA}\nTVQA, "ts": "NaN-3"} | row 2: nan to 3.0 is no span
+tvqa train tvqa_train.jsonl | TVQA, "ts": "9-3"} | row 1: 9.0 to 3.0 is no span
+tvqa train tvqa_train.jsonl | TVQA, "ts": "9-inf"} | row 1: 9.0 to inf is no span
+tvqa train tvqa_train.jsonl | TVQA, "answer_idx": true} | row 1: .*'True'
+tvqa train tvqa_train.jsonl | TVQA, "answer_idx": 5} | row 1: 5 is no number from 0 to 4
+tvqa train tvqa_train.jsonl | TVQA, "a3": " "} | row 1: ' ' is no text
+tvqa train tvqa_train.jsonl | TVQA, "vid_name": "lost_s01"} | row 1: 'lost_s01' is of no known show
+vcr train train.jsonl | VCR, "question": [[3]]} | row 1: 3 is no number from 0 to 2
+vcr train train.jsonl | VCR, "question": [[-1]]} | row 1: -1 is no number from 0 to 2
+vcr train train.jsonl | VCR, "answer_choices": [["a"], ["b"]]} | row 1: .* is no list of 4 options
+vcr train train.jsonl | VCR, "metadata_fn": "../../x.json"} | row 1: '../../x.json' is no path
+vcr train train.jsonl | VCR, "metadata_fn": "none.json"} | row 1: .*No such file
+vcr train train.jsonl | VCR, "objects": ["a", "b", "c", "d"]} | row 1: m/a@0.json has not a box
+didemo val val_data.json | [{"video": "a", "description": "NaN"}] | row 1: 'NaN' is no caption
+activitynet train train.json | {"v_a": {"sentences": []}} | row 1: '' is no text
+lsmdc test LSMDC16_challenge_1000_publictect.csv | a\t0\t0\t0\t0 | row 1: not enough values
+lsmdc-mc test MC_TEST | LSMDC\ta\tb\tc\td\te\t0 | row 1: '0' is no number from 1 to 5
+lsmdc-mc test MC_TEST | LSMDC\ta\tb\tc\td\te | row 1: .*'e'
+ego4d-mc test mc_val.csv | question,answers\n"DEEP",x | row 2:
+ego4d-mc test mc_val.csv | question,answers\n"__import__('os').getpid()",x | row 2: malformed node
+ego4d-mc test mc_val.csv | question,answers\n"('u', 1, 'no')","['a', 'b', 'c']" | row 2: 'no' is
+hmdb51 test hmdb51_rgb_val_split_1.txt | a 3 51\n | row 1: '51' is no number from 0 to 50
+howto100m train howto100m_captions/v.csv | start,end,text\nx,2,y\n | row 2: could not convert
+webvid test webvid_validation_success_full.tsv | ok\t1/2\n"no\t1/2\n | row 2: unexpected end of data
+"""
+
+
+@pytest.mark.parametrize("case", BAD_ROWS.strip().splitlines())
+def test_a_bad_row_is_one_line_with_file_and_row(tmp_path, case):
+    case = case.replace("MC_TEST", "LSMDC16_multiple_choice_test_randomized.csv")
+    where, content, message = case.split(" | ")
+    name, split, file = where.split()
+    words = {"TVQA": json.dumps(TVQA)[:-1], "QA": json.dumps(QA)[:-1], "VCR": json.dumps(VCR)[:-1],
+             "DEEP": "[" * 10**5, "LSMDC": "a\\t0\\t0\\t0\\t0"}
+    for word, text in words.items():
+        content = content.replace(word, text)
+    content = content.encode("latin-1").decode("unicode_escape").encode("latin-1")
+    write(tmp_path, {"youtube_mapping.txt": "a vid1", "vcr1images/m/a@0.json": META,
+                     "HowTo100M_v1.csv": "video_id\nv\n", file: content})
+    with pytest.raises(UserError, match=message) as error:
+        read(name, tmp_path, split)
+    text = str(error.value)
+    assert file in text and "\n" not in text and len(text) < 500
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_missing_annotations_name_the_files_that_would_do(tmp_path, name):
+    for split in GIVEN[name]:
+        with pytest.raises(UserError, match=r"no annotations in .*: expected \S+.*; from \S+"):
+            read(name, tmp_path, split)
+
+
+def test_every_benchmark_has_a_reader():
+    assert list(READERS) == list(BENCHMARKS) == list(GIVEN)
+
+
+# ---- media ---------------------------------------------------------------------------------------
+
+
+def test_clips_are_found_by_name_and_by_stem(tmp_path):
+    """Dots, @ and brackets belong to names; mp4 before others; a folder of pictures is a clip."""
+    names = ["v_1.mp4.webm", "1006_Slum_00.25.49.077.avi", "a@0.JPG", "a@0.json", "b[1]*?.gif",
+             "c.mkv", "c.mp4", "r/00001.jpg"]
+    root = DataRoot(write(tmp_path, dict.fromkeys(names, "")))
+    expected = {"v_1": names[0], "1006_Slum_00.25.49.077": names[1], "a@0": names[2],
+                "b[1]*?": names[4], "c": "c.mp4", "c.mkv": "c.mkv", "c.avi": "c.mp4", "r": "r"}
+    assert {name: root.find(name) for name in expected} == expected
+    assert root.find("none") is None and root.find("c/x") is None
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_in_all_forms_of_unicode(tmp_path, forms):
+    on_disk, asked = (unicodedata.normalize(form, "\u00e9t\u00e9/caf\u00e9") for form in forms)
+    root = DataRoot(write(tmp_path, {f"{on_disk}.mp4": ""}))
+    assert root.find(asked) == f"{on_disk}.mp4"
+
+
+def test_links_may_lead_out_of_the_root(tmp_path):
+    write(tmp_path, {"elsewhere/a.mp4": "", "data/x": ""})
+    os.symlink(tmp_path / "elsewhere", tmp_path / "data/videos")
+    assert DataRoot(tmp_path / "data").find("videos/a") == "videos/a.mp4"
+
+
+def test_each_folder_is_listed_once(tmp_path):
+    write(tmp_path, {"videos/01/a.mp4": "", "results_2M_train.csv": WEBVID + "1,01,x\n" * 50})
+    with mock.patch.object(os, "listdir", side_effect=os.listdir) as listdir:
+        read("webvid", tmp_path, "train")
+    assert listdir.call_count == 2          # the root (for a folder train/01) and videos/01
+
+
+# ---- the manifest folder -------------------------------------------------------------------------
+
+
+def msrvtt_qa(root, clips, suffix=".gif", content=GIF):
+    """MSRVTT-QA with a question for each training clip, and one clip in val and in test."""
+    rows = [{**QA, "id": n, "video_id": n, "answer": "bca"[n % 4 % 3]} for n in range(clips)]
+    write(root, {"train_qa.json": rows, "val_qa.json": [{**QA, "video_id": 7000}],
+                 "test_qa.json": [{**QA, "video_id": 8000, "answer": "never"}]})
+    numbers = [*range(clips), 7000, 8000]
+    return write(root, {f"videos/all/video{n}{suffix}": content for n in numbers})
+
+
+def test_a_manifest_folder(tmp_path):
+    rows, said = make("msrvtt-qa", msrvtt_qa(tmp_path, 8), allow_missing=False, check=True)
+    assert [len(rows[split]) for split in ("train", "val", "test")] == [8, 1, 1]
+    assert json.dumps(rows["train"][0]) == (
+        '{"id": "0", "video": "videos/all/video0.gif", "question": "who?", "answer": "b", '
+        '"question_type": "who?"}')
+    assert (tmp_path / "out/answers.txt").read_text() == "b\na\nc\n"
+    info = manifest_info(tmp_path / "out")
+    assert (info["benchmark"], info["root"]) == ("msrvtt-qa", str(tmp_path))
+    assert info["prepared"]["train"] == {
+        "rows": 8, "clips": 8, "found": 8, "missing": 0, "unreadable": 0}
+    text = "\n".join(said)
+    for part in ("158581", "majority answer: b (50.0%)", "0.0% of the answers are in answers.txt"):
+        assert part in text
+    assert said[-1] == (f"next: python train.py --data {tmp_path}/out --size base "
+                        "--init all-in-one-base.pt")
+
+
+def test_the_closed_list_has_the_most_frequent_answers(tmp_path):
+    counts = {"a": 1, "c": 3, "b": 3, "d": 1}
+    assert tool.closed_list(DataRoot(tmp_path), counts, 3) == ["b", "c", "a"]
+
+
+def test_missing_and_unreadable_clips_are_named(tmp_path):
+    """Training rows without a clip are left out, test rows stay with their expected path."""
+    root = msrvtt_qa(tmp_path, 8)
+    (root / "videos/all/video1.gif").unlink()
+    (root / "videos/all/video8000.gif").write_text("")
+    named = "train\tvideos/all/video1\tmissing\ntest\tvideos/all/video8000.gif\tunreadable\n"
+    with pytest.raises(UserError, match="1 of 8 clips of train, 1 of 1 clips of test are missing"):
+        make("msrvtt-qa", root, allow_missing=False, check=True)
+    assert (root / "out/missing.txt").read_text() == named and len(os.listdir(root / "out")) == 1
+    rows, _ = make("msrvtt-qa", root, check=True)
+    assert [row["id"] for row in rows["train"]] == ["0", "2", "3", "4", "5", "6", "7"]
+    assert rows["test"][0]["video"] == "videos/all/video8000.gif"
+    assert (root / "out/missing.txt").read_text() == named
+
+
+def test_one_percent_of_train_may_be_missing_but_none_of_test(tmp_path):
+    root = msrvtt_qa(tmp_path, 100, ".mp4", "")
+    (root / "videos/all/video5.mp4").unlink()
+    rows, _ = make("msrvtt-qa", root, allow_missing=False)
+    assert len(rows["train"]) == 99
+    shutil.rmtree(root / "out")
+    write(root, {"test_qa.json": [{**QA, "video_id": n} for n in range(100)]})
+    with pytest.raises(UserError, match="1 of 100 clips of test are missing"):
+        make("msrvtt-qa", root, allow_missing=False)
+
+
+def test_held_out_clips_depend_on_their_crc32_alone():
+    clips = {f"videos/v{n}.mp4" for n in range(1000)}
+    moved = hold_out(clips, ("val",))
+    assert set(moved) == {clip for clip in clips if zlib.crc32(stem(clip).encode()) < 2**32 / 20}
+    assert 30 < len(moved) < 70 and set(moved.values()) == {"val"}
+
+
+def test_a_small_set_holds_out_one_clip():
+    clips = {"v0", "v1", "v2"}
+    first, second, _ = sorted(clips, key=lambda clip: zlib.crc32(clip.encode()))
+    assert hold_out(clips, ("val",)) == {first: "val"}
+    assert hold_out(clips, ("val", "test")) == {first: "val", second: "test"}
+    assert hold_out({"v1"}, ("val",)) == {}
+
+
+def test_a_held_out_retrieval_clip_keeps_its_first_caption(tmp_path):
+    write(tmp_path, {"MSRVTT_data.json": sentences(*range(40)), "MSRVTT_JSFUSION_test.csv": PAIRS})
+    write(tmp_path, {f"videos/video{n}.mp4": "" for n in range(40)})
+    rows, _ = make("msrvtt", tmp_path)
+    assert {len(row["captions"]) for row in rows["train"]} == {2}
+    for row in rows["val"]:
+        assert row["caption"] == f"see {stem(row['video']).removeprefix('videos/video')}"
+    assert {*pick(rows["train"], "video")}.isdisjoint(pick(rows["val"], "video"))
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path):
+    root = msrvtt_qa(tmp_path, 8)
+    with mock.patch.object(tool, "write_rows", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            make("msrvtt-qa", root)
+    assert not [name for name in os.listdir(root) if "out" in name]
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    root = write(msrvtt_qa(tmp_path, 8), {".out-1.part/train.jsonl": "", ".other-1.part/x": ""})
+    make("msrvtt-qa", root)
+    assert [name for name in os.listdir(root) if name.endswith(".part")] == [".other-1.part"]
+
+
+def test_a_finished_folder_is_kept(tmp_path):
+    root = msrvtt_qa(tmp_path, 8)
+    make("msrvtt-qa", root)
+    with pytest.raises(UserError, match="out exists: delete it"):
+        make("msrvtt-qa", root)
+
+
+def test_empty_splits_are_errors(tmp_path):
+    write(msrvtt_qa(tmp_path, 8), {"test_qa.json": []})
+    with pytest.raises(UserError, match="no rows for test"):
+        make("msrvtt-qa", tmp_path)
+    shutil.rmtree(tmp_path / "videos")
+    write(tmp_path, {"test_qa.json": [QA]})
+    with pytest.raises(UserError, match="no training row has a clip"):
+        make("msrvtt-qa", tmp_path)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["mine.json"], "whose name ends in .jsonl"), (["mine.JSONL"], "whose name ends in .jsonl"),
+    (["msrvtt"], "the folder of its owners' files"), (["none", "x"], "benchmarks are tgif-action")])
+def test_wrong_arguments_are_one_line(monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+    with pytest.raises(UserError, match=message):
+        tool.main()
+
+
+# ---- one's own file ------------------------------------------------------------------------------
+
+
+def own(root, rows):
+    """mine.jsonl and its clips, ten of them."""
+    return write(root, {"mine.jsonl": rows, **{f"{n}.mp4": "" for n in range(10)}}) / "mine.jsonl"
+
+
+def test_own_rows_are_split_by_clip(tmp_path):
+    """90 % of the clips are train, 5 % val and 5 % test."""
+    rows = [{"video": f"./v{n // 2}.mp4", "question": " What is\nit? ", "answer": "cat"}
+            for n in range(400)]
+    write(tmp_path, {f"v{n}.mp4": "" for n in range(200)})
+    made, said = make(own(tmp_path, rows), tmp_path)
+    train, val, test = ({*pick(made[split], "video")} for split in ("train", "val", "test"))
+    assert len(train | val | test) == len(train) + len(val) + len(test) == 200
+    assert 3 <= len(val) <= 17 and 3 <= len(test) <= 17
+    assert pick(made["train"], "id", "question", "question_type", "answer")[0] == (
+        "1", "What is it?", "what is", "cat")
+    assert "benchmark" not in manifest_info(tmp_path / "out")
+    assert said[-1].endswith("out --task vqa")
+
+
+def test_own_rows_may_name_their_split(tmp_path):
+    """Without a val, one is held out of train. All fields of the manifest are kept."""
+    test = {"id": "mine", "video": "9.mp4", "captions": ["a", "b"], "seconds": [1, 2]}
+    rows = [{"video": f"{n}.mp4", "caption": "a dog"} for n in range(3)]
+    made, _ = make(own(tmp_path, [*rows, {**test, "split": "test"}]), tmp_path)
+    assert [len(made[split]) for split in ("train", "val", "test")] == [2, 1, 1]
+    assert made["test"] == [test]
+
+
+def test_own_names_are_exact(tmp_path):
+    """Another extension will not do; a video may be elsewhere, by an absolute path."""
+    there = f"{write(tmp_path, {'elsewhere/b.mp4': ''})}/elsewhere/b.mp4"
+    rows = [{"video": "1.avi", "label": 0, "split": "val"}, {"video": there, "label": 1}]
+    made, _ = make(own(tmp_path, rows), tmp_path)
+    assert made["train"] == [{"id": "2", "video": there, "label": 1}]
+    assert (tmp_path / "out/missing.txt").read_text() == "val\t1.avi\tmissing\n"
+
+
+def test_own_texts_make_a_tokenizer(tmp_path):
+    """The same one every time; every letter has a token; one next to the file is taken instead."""
+    texts = ["a red ring moves", "a red cross moves", "caf\u00e9 moves \u6f22"]
+    file = own(tmp_path, [{"video": "1.mp4", "caption": text} for text in texts])
+    found = set()
+    for _ in range(3):
+        make(file, tmp_path)
+        found.add((tmp_path / "out/tokenizer.json").read_text())
+        shutil.rmtree(tmp_path / "out")
+    (text,) = found
+    tokenizer = Tokenizer.from_json(text)
+    unknown = tokenizer.tokenizer.token_to_id("[UNK]")
+    assert len(tokenizer.ids("RED moves")) == 2
+    assert unknown not in tokenizer.ids("Cafe \u6f22 grins") and unknown in tokenizer.ids("\u6f23")
+    write(tmp_path, {"tokenizer.json": text + " "})
+    make(file, tmp_path)
+    assert (tmp_path / "out/tokenizer.json").read_text() == text + " "
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"video": "../a", "caption": "c"}, "without '..'"), ({"video": "a"}, "a row has question"),
+    ({"video": "a", "question": "q", "options": ["x", "y"], "answer": 2}, "a row has question"),
+    ({"video": "a", "caption": "c", "fps": 3}, "fields out of"),
+    ({"video": "a", "caption": "c", "split": "dev"}, "split 'dev' is not train"),
+    ({"video": "a", "caption": "c", "id": "1"}, "another row has the id '1'"),
+    ({"video": "a", "label": 1}, "two tasks, action and retrieval")])
+def test_bad_own_rows_are_named(tmp_path, row, message):
+    with pytest.raises(UserError, match=f"mine.jsonl, row 2: .*{message}"):
+        make(own(tmp_path, [{"video": "b", "caption": "c"}, row]), tmp_path)
+
+
+# ---- real rows -----------------------------------------------------------------------------------
+
+
+def need(path):
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def test_case_k400_list():
+    rows = read("k400", need(CASES / "k400_list"), "train")
+    assert rows[0]["video"] == "train/snowboarding/MCgJO4s1qBA_000129_000139"
+
+
+def test_case_webvid_cr():
+    rows = read("webvid", need(CASES / "webvid_cr"), "test")
+    assert pick(rows, "caption") == [("a cat",), ("a cat",)]
+
+
+def test_case_cc3m_collision():
+    root = DataRoot(need(CASES / "cc3m_collision"))
+    assert list(READERS["cc3m"](root, "test")) == [] and root.left_out.total() == 2
+
+
+HARRY = "1054_Harry_Potter_and_the_prisoner_of_azkaban"
+# benchmark, split, rows, file [its name here]: parts of the first row
+FILES = """
+tgif-action test 20 tgifqa/Test_action_question.csv: ACTION4 tumblr_nk172bbdPI1u1lr18o1_250 flap
+tgif-action train 20 tgifqa/Train_action_question.csv: ACTION1 gifs/tumblr_nqc2mbmU2J1uxhtnwo1_400
+tgif-transition test 20 tgifqa/Test_transition_question.csv: TRANS23 tumblr_n9y2jhq01L1rts5xfo1_250
+tgif-frame test 20 tgifqa/Test_frameqa_question.csv: FRAMEQA1159 tumblr_no73q2fm0I1uuf348o1 cookie
+tgif-action test 1 tgifqa/clipbert_action_test.jsonl action_test.jsonl: tumblr_nk172bbdPI1u1lr18o1
+tgif-frame test 1 tgifqa/clipbert_frameqa_test.jsonl frameqa_test.jsonl: no73q2fm0I1uuf348o1 cookie
+msrvtt-qa val 2 msrvtt_qa/val_qa.json: 158581 videos/all/video6513 couch
+msrvtt-qa train 1 msrvtt_qa/clipbert_train.jsonl msrvtt_qa/train.jsonl: videos/all/video6513 couch
+msvd-qa train 20 msvd_qa/train_qa.json: 0 YouTubeClips/-4wsuPCjDBc_5_15 animal
+tvqa train 1 tvqa/tvqa_train_README_sample.jsonl tvqa_train.jsonl: A beer bottle [2, 24]
+msrvtt test 20 msrvtt_retrieval/MSRVTT_JSFUSION_test.csv: ret0 video9770 connecting something
+msrvtt train 1 msrvtt_retrieval/clipbert_train.jsonl msrvtt_retrieval/train.jsonl: a cartoon animals
+msrvtt test 1 msrvtt_retrieval/clipbert_test.jsonl msrvtt_retrieval/test.jsonl: ret0 a person
+didemo val 20 didemo/val_data.json: 35034348999@N01_6060447507_dc1a90b8ef bends over the machine
+didemo test 20 didemo/test_data.json: 26292851@N04_4253489686_265c3c8051 someone kicks the bug
+activitynet train 20 activitynet/train.json: v_QOlSCBRmfWY leads into her dancing. The girl dances
+activitynet test 20 activitynet/val_1.json: videos/v_uqiMw7tQ1Cc is given. The coach helps
+vcr test 2 vcr/val.jsonl: val-1/qa @0 No , person 0 is a visitor .
+webvid test 20 webvid/webvid_validation_success_full.tsv: 027701_027750/1053841541 on top of
+webvid test 2 webvid/webvid_validation_multiline_row.tsv webvid_validation_success_full.tsv: pandoro
+howto100m train 20 howto100m/-tCQ4tCQdWE.csv howto100m_captions/nVbIUDjzWY4.csv: check pic 4.16
+hmdb51 train 20 hmdb51/hmdb51_rgb_train_split_1.txt: hmdb51/Phillies_dad_catches_foul_ball 2
+hmdb51 test 20 hmdb51/hmdb51_rgb_val_split_1.txt: hmdb51/St__Louis_Goalkeeping__Academy_elite 19
+k400 test 20 kinetics400/kinetics-400_val.csv: val/abseiling/0wR5jVB-WPk_000417_000427 0
+k400 test 20 kinetics400/kinetics_video_vallist.txt: val/abseiling/0wR5jVB-WPk 0
+"""
+
+
+@pytest.mark.parametrize("line", FILES.strip().splitlines())
+def test_real_rows(tmp_path, line):
+    """Every excerpt of a real file gives all its rows, the first as read off it by eye."""
+    need(REAL)
+    line, parts = line.split(": ")
+    name, split, count, file, *target = line.split()
+    picture = f"lsmdc_{HARRY}/{HARRY}_00.01.46.736-00.01.50.168@0.json"
+    copies = {f"vcr1images/{picture}": f"vcr/{Path(picture).name}",
+              "youtube_mapping.txt": "msvd_qa/youtube_mapping.txt",
+              "msrvtt_retrieval/test.jsonl": "msrvtt_retrieval/clipbert_test.jsonl",
+              "kinetics-400_train.csv": "kinetics400/kinetics-400_val.csv",
+              "HowTo100M_v1.csv": "howto100m/HowTo100M_v1_README_rows.csv",
+              "".join(target) or Path(file).name: file}
+    write(tmp_path, {place: (REAL / source).read_bytes() for place, source in copies.items()})
+    rows = read(name, tmp_path, split)
+    assert len(rows) == int(count) and len({row["id"] for row in rows}) == len(rows)
+    assert all(part in json.dumps(rows[0]) for part in parts.split())
+
+
+MAIN = Path(toy.__file__).resolve().parent.parent
+
+# ---- toy: the world ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory):
+    """The whole toy world with few clips."""
+    root = tmp_path_factory.mktemp("toy")
+    make_toy(root, share=0.01)
+    return root
+
+
+def toy_rows(root, name, split):
+    with open(root / name / f"{split}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def toy_frames(root, name, row, pick=None):
+    """Three frames of a row's clip, or those of `pick`, 32 pixels high and wide."""
+    media = json.loads((root / name / "dataset.json").read_text())["root"]
+    pick = pick or partial(pick_frames, row=row, T=3, views=1, rng=None)
+    return read_frames(os.path.join(media, row["video"]), pick, 32).float()
+
+
+def file_hashes(folder):
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            hashes[path.relative_to(folder)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
+
+
+@pytest.mark.parametrize("name", ["activitynet", "tgif-action", "vcr"])
+def test_same_seed_same_bytes(tmp_path, name):
+    """mp4, mkv, webm; gif; jpg."""
+    hashes = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_toy(tmp_path / folder, [name], seed, share=0.01)
+        hashes.append(file_hashes(tmp_path / folder / "owners"))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_reversed_scene_shows_the_same_frames():
+    for number in range(40):
+        scene, _ = make_clip(0, number)
+        back = scene.reverse()
+        assert toy.caption(back) != toy.caption(scene) == toy.caption(back.reverse())
+        for when in (0, 0.29, 0.5, 0.76, 1):
+            picture = toy.render(scene, when, 40, 32).astype(int)
+            assert abs(picture - toy.render(back, 1 - when, 40, 32)).max() <= 1
+
+
+def test_scene_and_reverse_are_equally_likely():
+    """Counted by first event and by where the shape starts, in thirds of the picture."""
+    counts = Counter()
+    for number in range(4000):
+        scene, _ = make_clip(0, number)
+        for sign, one in ((1, scene), (-1, scene.reverse())):
+            start = (round(1.5 * one.actor.x) % 3, round(1.5 * one.actor.y) % 3)
+            counts[one.events[0], start] += sign
+    assert max(map(abs, counts.values())) < 100              # about 3 standard deviations
+
+
+@pytest.mark.parametrize("events", [1, 2])
+def test_middle_frame_does_not_tell_the_last_color(events):
+    last = []
+    for number in range(3000):
+        scene, _ = make_clip(0, number, events)
+        if toy.say(scene).count("turns") == 1:
+            last.append(scene.at(0.52)[0].color == scene.at(1)[0].color)
+    assert abs(np.mean(last) - 0.5) < 0.06
+
+
+def test_pre_training_captions_vary():
+    """Every caption has the event; those of four words or less have nothing else of the scene."""
+    scene = toy.Scene((toy.Sprite("ring", "red", 0, 0, 0.4),), ("moves left",), "navy")
+    rng = np.random.default_rng(0)
+    texts = {toy.describe(scene, rng) for _ in range(300)}
+    assert len(texts) == len(toy.TEMPLATES)
+    assert {"it moves left", "moving left, then nothing", "the red ring goes left"} < texts
+    assert all("left" in text for text in texts)
+
+
+# ---- toy: its manifests --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", toy.NAMES)
+def test_every_manifest_is_readable(toy_root, name):
+    """Splits share no clip, clips decode, every text is made of whole words of the vocabulary."""
+    tokenizer = Tokenizer.load(str(toy_root / name / "tokenizer.json")).tokenizer
+    seen = set()
+    for split in ("train", "val", "test"):
+        if (name, split) == ("howto100m", "test"):
+            continue
+        rows = toy_rows(toy_root, name, split)
+        clips = {row["video"]: row for row in rows}
+        assert clips and not seen & clips.keys()
+        seen |= clips.keys()
+        for row in clips.values():
+            frames = toy_frames(toy_root, name, row)
+            assert frames.shape == (3, 3, 32, 32) and frames.std() > 5
+        for row in rows:
+            texts = [row.get("question", ""), row.get("caption", ""), *row.get("options", [])]
+            texts += [*row.get("captions", []), str(row.get("answer", ""))]
+            for token in tokenizer.encode(" ".join(texts)).tokens:
+                assert token != "[UNK]" and not token.startswith("##"), texts
+
+
+@pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if b.task == "retrieval"])
+def test_test_clips_come_with_their_reverse(toy_root, name):
+    """All test captions differ; the last frame of a clip is the first of the next one."""
+    rows = toy_rows(toy_root, name, "test")
+    assert len({row["caption"] for row in rows}) == len(rows)
+    def ends(times):
+        return [0, len(times) - 1]
+    for row, back_row in zip(rows[::2], rows[1::2], strict=True):
+        clip = toy_frames(toy_root, name, row, ends)
+        back = toy_frames(toy_root, name, back_row, ends)
+        assert (clip - back.flip(0)).abs().mean() < 6
+
+
+@pytest.mark.parametrize("name", ["msrvtt-qa", "msrvtt-mc", "msvd-qa", "tgif-action",
+                                  "tgif-transition", "lsmdc-mc", "ego4d-mc"])
+def test_order_blind_model_gets_half_of_the_timed_questions(toy_root, name):
+    """They are asked of a clip and its reverse with different answers; options hold both."""
+    clips = defaultdict(dict)
+    for row in toy_rows(toy_root, name, "test"):
+        clips[row["video"], str(row.get("frames"))][row["question"]] = row
+    clips = list(clips.values())
+    asked = 0
+    for clip, back in zip(clips[::2], clips[1::2], strict=True):
+        for question, row in clip.items():
+            if question and not question.lower().startswith(toy.TIMED):
+                continue
+            asked += 1
+            options = row.get("options")
+            if options:
+                other = back[question]["options"][back[question]["answer"]]
+                assert other in options and other != options[row["answer"]]
+            else:
+                assert back[question]["answer"] != row["answer"]
+    assert asked
+
+
+def test_order_blind_share_of_each_question_type(toy_root):
+    def share(name):
+        return json.loads((toy_root / name / "dataset.json").read_text()).get("order_blind")
+    assert share("msrvtt-qa").items() >= {"which way": 0.5, "what shape": 1.0}.items()
+    assert share("which-way") == {"which way": 0.5}
+    assert share("msrvtt") == share("hmdb51") == share("msrvtt-mc") == {"": 0.5}
+    assert share("vcr") == {"Q->A": 1.0, "QA->R": 1.0}
+    assert share("webvid") is None
+
+
+def test_which_way_asks_for_directions_alone(toy_root):
+    info = json.loads((toy_root / "which-way" / "dataset.json").read_text())
+    assert "benchmark" not in info
+    assert (toy_root / "which-way" / "answers.txt").read_text() == "left\nright\nup\ndown\n"
+    for split in ("train", "val", "test"):
+        rows = toy_rows(toy_root, "which-way", split)
+        assert {row["question_type"] for row in rows} == {"which way"}
+        assert {row["answer"] for row in rows} <= set(toy.WAYS)
+
+
+def test_actions_are_all_directions_sizes_and_colors(toy_root):
+    for name in ("hmdb51", "k400"):
+        names = (toy_root / name / "answers.txt").read_text().splitlines()
+        assert len(names) == 12 and {"move left", "move up", "grow", "turn red"} < set(names)
+
+
+# ---- toy: creation -------------------------------------------------------------------------------
+
+
+def folders(root):
+    return sorted(str(path.relative_to(root)) for path in root.glob("[!.]*/*") if path.is_dir())
+
+
+def test_interrupted_creation_leaves_nothing(tmp_path, monkeypatch):
+    def stop(iterable, what, total):
+        yield next(iter(iterable))
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(toy, "progress", stop)
+        make_toy(tmp_path, ["msvd-qa"], share=0.1)
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock", "owners"}
+    assert folders(tmp_path) == []
+    make_toy(tmp_path, ["msvd-qa"], share=0.01)
+    assert folders(tmp_path) == ["owners/msvd"]
+
+
+def start_toy(root, share):
+    """make_toy in another process."""
+    code = (f"import sys; sys.path.insert(0, {str(MAIN)!r}); from tools.toy import make_toy; "
+            f"make_toy({str(root)!r}, ['msvd-qa'], share={share})")
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited for a minute")
+
+
+def test_killed_creation_ends_its_workers_and_is_swept(tmp_path):
+    process = start_toy(tmp_path, share=1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(lambda: list(tmp_path.glob(".making/msvd/YouTubeClips/*")))
+    workers = children.read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers))
+    assert workers and (tmp_path / ".making").exists()
+    make_toy(tmp_path, ["msvd-qa"], share=0.01)
+    assert not (tmp_path / ".making").exists() and folders(tmp_path) == ["owners/msvd"]
+
+
+def test_two_first_runs_at_once(tmp_path):
+    runs = [start_toy(tmp_path, share=0.01) for _ in range(2)]
+    assert [run.communicate()[1] for run in runs] == [b"", b""]
+    make_toy(tmp_path, ["msvd-qa"])
+
+
+def test_existing_folders_stay_and_missing_files_are_an_error(tmp_path):
+    make_toy(tmp_path, ["msvd-qa"], share=0.01)
+    before = file_hashes(tmp_path)
+    make_toy(tmp_path, ["msvd-qa"], seed=1, share=0.01)
+    assert file_hashes(tmp_path) == before
+    for folder, file in (("msvd-qa", "train.jsonl"), ("owners/msvd", "val_qa.json")):
+        (tmp_path / folder / file).unlink()
+        with pytest.raises(UserError, match=f"lacks files: delete {tmp_path / folder} and"):
+            make_toy(tmp_path, ["msvd-qa"])
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    """A negative seed and a file in the way are one line; what exists is named."""
+    def called(*flags):
+        monkeypatch.setattr(sys, "argv", ["toy.py", *map(str, flags)])
+        run_main("toy.py", toy.main)
+    (tmp_path / "file").write_text("")
+    for flags, line in (((tmp_path, "--seed", -1), "--seed -1: must be"),
+                        ((tmp_path / "file",), "file cannot be written")):
+        with pytest.raises(SystemExit):
+            called(*flags)
+        assert line in capsys.readouterr().err
+    make_toy(tmp_path, ["vcr"], share=0.01)
+    called(tmp_path, "--only", "vcr")
+    assert "vcr exists and stays as it is" in capsys.readouterr().out
+
+
+def test_encoded_picture_is_read_back(tmp_path):
+    picture = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    (tmp_path / "a.png").write_bytes(toy.encode_picture(picture, ".png"))
+    frames = read_frames(str(tmp_path / "a.png"), lambda times: [0])
+    assert np.array_equal(frames[0].permute(1, 2, 0), picture)
+
+
+
+# ---- weights: files in foreign naming ------------------------------------------------------------
+
+SMALL = Config(width=192, layers=2, heads=3, image=32, patch=8, frames=3, text_length=9, vocab=30,
+               answers=4, embed=8)
+THEIR_SIZE = dict(hidden_size=192, num_hidden_layers=2, num_attention_heads=3,
+                  intermediate_size=768, image_size=32, patch_size=8)      # in transformers' words
+RELEASED_HEADS = ("matching", "mlm", "answer", "mc", "rank", "contrast")
+RELEASED_NAMES = """
+    text_embed.                 text_embeddings.word_embeddings.
+    text_pos                    text_embeddings.position_embeddings.weight
+    text_segment                text_embeddings.token_type_embeddings.weight
+    text_norm.                  text_embeddings.LayerNorm.
+    modality_embed              token_type_embeddings.weight
+    patch_embed.                transformer.patch_embed.proj.
+    cls_token                   transformer.cls_token
+    pos_embed                   transformer.pos_embed
+    time_embed                  transformer.temporal_embed
+    blocks.                     transformer.blocks.
+    norm.                       transformer.norm.
+    pooler.                     pooler.dense.
+    task_heads.matching.        itm_score.fc.
+    task_heads.mlm.0.           mlm_score.transform.dense.
+    task_heads.mlm.2.           mlm_score.transform.LayerNorm.
+    task_heads.mlm.3.weight     mlm_score.decoder.weight
+    task_heads.mlm.3.bias       mlm_score.bias
+    task_heads.answer.          vqa_classifier.
+    task_heads.mc.              mc_vqa_classifier.
+    task_heads.rank.            rank_output.
+    task_heads.contrast.text.   txt_proj.
+    task_heads.contrast.video.  vid_proj.
+""".split()                             # how our names start, and the released ones
+
+
+def scrambled(module):
+    """Every tensor random and large enough to matter."""
+    generator = torch.Generator().manual_seed(0)
+    for p in module.eval().parameters():
+        p.data = 0.15 * torch.randn(p.shape, generator=generator) + (p.dim() == 1)
+    return module
+
+
+def released_file(heads=RELEASED_HEADS):
+    """A state dict in the released naming."""
+    tensors = {"text_embeddings.position_ids": torch.arange(9)[None]}
+    for name, tensor in scrambled(AllInOne(SMALL, heads)).state_dict().items():
+        for ours, theirs in zip(RELEASED_NAMES[::2], RELEASED_NAMES[1::2]):
+            if name.startswith(ours):
+                new = theirs + name.removeprefix(ours)
+        if name in ("cls_token", "pos_embed", "time_embed"):
+            tensor = tensor.view(1, -1, SMALL.width)
+        tensors[new] = tensor
+    return tensors
+
+
+def vit_file():
+    """The same in timm's naming, with a classifier."""
+    tensors = {}
+    for name, tensor in released_file().items():
+        if name.startswith("transformer.") and "temporal" not in name:
+            tensors[name.removeprefix("transformer.")] = tensor
+    return tensors | {"head.weight": torch.ones(5, 192), "head.bias": torch.ones(5)}
+
+
+def saved(tmp_path, content, name="file.pt"):
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(content, *flags): the command on a file with that content -> (checkpoint, its line)."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+
+    def run(content, *flags):
+        path = saved(tmp_path, content, "in.ckpt")
+        argv = ["weights.py", path, tmp_path / "out.pt", *flags]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        weights.main()
+        return load_checkpoint(tmp_path / "out.pt"), capsys.readouterr().out
+    return run
+
+
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+def as_floats(model):
+    """Take pixels that are normalised already."""
+    model.pixel_mean.zero_()
+    model.pixel_std.fill_(1)
+    return model.eval()
+
+
+# ---- weights: the same outputs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, out, tolerance", [(torch.float32, "out/", 2e-5),
+                                                   (torch.float64, "out64/", 1e-12)])
+@pytest.mark.parametrize("name", ["parity_tiny", "parity_tiny_T1"])
+def test_equals_released_model(name, dtype, out, tolerance, tmp_path):
+    """A released file gives all the released outputs, with the patch shuffle off there."""
+    if not (SHARED / f"parity/{name}.npz").exists():
+        pytest.skip("no outputs of the released model in ../shared/parity")
+    z = {k: torch.from_numpy(v) for k, v in np.load(SHARED / f"parity/{name}.npz").items()}
+    tensors = {k.removeprefix("sd/"): t for k, t in z.items() if k.startswith("sd/")}
+    path = saved(tmp_path, {"epoch": 3, "state_dict": tensors})
+    config, heads, state, _ = convert(path, answers=["?"] * 11, heads=3)
+    model = AllInOne(replace(config, roll="block"), heads)
+    model.load_state_dict(state)
+    model = as_floats(model.to(dtype))
+    head = model.task_heads
+    frames = z["in/image"].to(dtype)
+    ids = z["in/text_ids"]
+    mask = z["in/text_masks"].bool()
+    B, A, L = z["in/option_ids"].shape
+    with torch.no_grad():
+        o = model(frames, ids, mask)
+        video = model.embed_frames(frames).repeat_interleave(A, dim=0)
+        option = model.fuse(video, z["in/option_ids"].flatten(0, 1),
+                            z["in/option_masks"].bool().flatten(0, 1), queries=1).pooled
+        text = model.encode_text(ids, mask)
+        clip = model.encode_video(frames)
+        wrong = z["out/itm/itm_labels"] == 0
+        mixed = frames.clone()
+        mixed[wrong] = z["in/false_image"][wrong].to(dtype)
+        got = {
+            "cls_feats": o.pooled,
+            "text_feats": o.text,
+            "image_feats": o.video,
+            "itm_logits": head["matching"](o.pooled),
+            "vqa_logits": head["answer"](o.pooled),
+            "rank_output": head["rank"](o.pooled)[:, 0],
+            "mlm_logits": head["mlm"](model(frames, z["in/text_ids_mlm"], mask).text),
+            "mc_scores": head["rank"](option).view(B, A),
+            "mc_vqa_scores": head["mc"](option).view(B, A),
+            "itc_text_emb": text,
+            "itc_video_emb": clip,
+            "itc_sim": F.cosine_similarity(text[:, None], clip, dim=-1),
+            "itm/logits": head["matching"](model(mixed, ids, mask).pooled)}
+    for key, value in got.items():
+        assert (value - z[out + key]).abs().max() < tolerance, key
+
+
+def test_released_base_names_all_have_a_place():
+    """All 186 tensors of the released base, by name and number of values."""
+    listing = SHARED / "reference/state_dict_base.txt"
+    if not listing.exists():
+        pytest.skip("no list of the released tensors in ../shared/reference")
+    theirs = {}
+    for name, shape in re.findall(r"^([^#\t]+)\t\((.*?),?\)", listing.read_text(), re.M):
+        theirs[our_name(name)] = math.prod(map(int, shape.split(", ")))
+    assert len(theirs) == 186 and theirs.pop("position_ids") == 40
+    with torch.device("meta"):
+        model = AllInOne(replace(SIZES["base"], answers=1501), RELEASED_HEADS)
+    assert theirs == {name: t.numel() for name, t in model.state_dict().items()}
+
+
+def test_vilt_gives_huggingface_outputs(tmp_path, monkeypatch):
+    """ViLT with its mlm head, whose decoder is the word embeddings."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViltConfig(vocab_size=30, max_position_embeddings=9,
+                                     layer_norm_eps=1e-6, **THEIR_SIZE)
+    theirs = scrambled(transformers.ViltForMaskedLM(config))
+    theirs.vilt.embeddings.text_embeddings.LayerNorm.eps = 1e-12        # as in the original ViLT
+    theirs.mlm_score.transform.LayerNorm.eps = 1e-12
+    tensors = theirs.state_dict()
+    del tensors["mlm_score.decoder.weight"]
+    config, heads, state, report = convert(saved(tmp_path, tensors, "pytorch_model.bin"))
+    assert heads == ["mlm"] and report.new == {"time_embed": "not in a ViLT"}
+    ours = AllInOne(replace(config, frames=1), heads)
+    ours.load_state_dict(state | {"time_embed": torch.zeros(1, 192)})
+    # ViltModel draws a random order of the patches, in evaluation too.
+    monkeypatch.setattr(torch, "multinomial", lambda weights, n, *_, **__: torch.arange(int(n)))
+    frames = torch.randn(2, 1, 3, 32, 32, dtype=torch.float64)
+    ids = torch.randint(1, 30, (2, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [6]])
+    want = theirs.double().vilt(input_ids=ids, attention_mask=mask.long(),
+                                pixel_values=frames[:, 0])
+    got = as_floats(ours.double())(frames, ids, mask)
+    assert_close(got.pooled, want.pooler_output)
+    assert_close(torch.cat([got.text, got.video], dim=1), want.last_hidden_state)
+    words = ours.task_heads["mlm"](got.text)
+    assert_close(words, theirs.mlm_score(want.last_hidden_state[:, :9]))
+
+
+def test_vit_gives_huggingface_outputs(tmp_path):
+    """Names as save_pretrained writes them, and those of the state dict."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(layer_norm_eps=1e-6, **THEIR_SIZE)
+    theirs = scrambled(transformers.ViTModel(config))
+    theirs.save_pretrained(tmp_path)
+    paths = [tmp_path / "model.safetensors", saved(tmp_path, theirs.state_dict())]
+    frames = torch.randn(2, 1, 3, 32, 32, dtype=torch.float64)
+    want = theirs.double()(frames[:, 0]).last_hidden_state
+    for path in paths:
+        config, _, state, report = convert(path)
+        assert {"pooler.weight", "pooler.bias"} == set(report.unused)
+        ours = AllInOne(config)
+        ours.load_state_dict(ours.state_dict() | state)
+        ours = as_floats(ours.double())
+        ours.modality_embed.data.zero_()
+        assert_close(ours.run(ours.embed_frames(frames), None, None, None), want)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_deit_loses_its_distillation_token(zipped, tmp_path):
+    """timm's names, in the file format before zip too."""
+    tensors = vit_file()
+    own = convert(saved(tmp_path, tensors))[2]
+    table = tensors["pos_embed"]
+    token = torch.full((1, 1, 192), 9.0)
+    tensors["pos_embed"] = torch.cat([table[:, :1], token, table[:, 1:]], dim=1)
+    tensors["dist_token"] = token
+    path = tmp_path / "deit.pth"
+    content = {"model": tensors, "args": Namespace(lr=1)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    config, heads, state, report = convert(path)
+    assert heads == [] and config == Config(width=192, layers=2, heads=3, image=32, patch=8)
+    assert report.notes == ["pos_embed cut from 18 to 17 rows"] and "dist_token" in report.unused
+    assert state.keys() == own.keys() and len(own) == 30
+    assert all(torch.equal(state[name], own[name]) for name in own)
+
+
+# ---- weights: what is loaded, new, not used ------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_heads, loaded", [
+    (("matching", "mlm"), {"matching", "mlm", "rank", "rank2"}),            # pre-trained
+    (("rank",), {"rank"}),
+    (("contrast",), {"contrast"}),
+    (("mc",), {"mc"}),
+    (("answer",), set())])                                                  # without --answers
+def test_authors_checkpoint_starts_every_benchmark(file_heads, loaded, run):
+    checkpoint = run({"state_dict": released_file(file_heads)})[0]
+    for benchmark in BENCHMARKS.values():
+        config = replace(checkpoint["config"], frames=benchmark.frames, answers=benchmark.answers,
+                         text_length=benchmark.text_length)
+        model = AllInOne(config, benchmark.heads)
+        new = re.search("new: ([^;]*)", load_weights(model, checkpoint))
+        assert set(new[1].split(", ") if new else []) == set(benchmark.heads) - loaded
+        state = model.state_dict()
+        for name in checkpoint["model"].keys() & state.keys() - {"time_embed", "text_pos"}:
+            assert torch.equal(state[name], checkpoint["model"][name]), name
+
+
+def test_one_line_accounts_for_every_tensor(run):
+    tensors = released_file(("matching", "answer"))
+    checkpoint, line = run({"state_dict": tensors})
+    assert ("out.pt: All-in-one, 2 layers 192 wide, 3 attention heads: loaded 41 of 45 tensors; "
+            "new 4: rank, rank2 (row 1 of matching); not used 7: position_ids (constant), "
+            "answer (4 classes, 0 answers given); tokenizer ") in line and line.count("\n") == 1
+    assert len(tensors) == 41 + 7
+    for head in ("rank", "rank2"):
+        row = tensors["itm_score.fc.weight"][1:]
+        assert torch.equal(checkpoint["model"][f"task_heads.{head}.weight"], row)
+    checkpoint, line = run({name: tensor.half() for name, tensor in vit_file().items()})
+    assert checkpoint["model"]["norm.weight"].dtype == torch.float32
+    assert checkpoint["config"].vocab == 9 and checkpoint["task"] == "pretrain"
+    assert ("loaded 30 of 39 tensors; new 9: text_pos, text_segment, modality_embed, time_embed, "
+            "text_embed, text_norm, pooler (not in a ViT); not used 2: head (a class") in line
+    build_model(checkpoint)
+
+
+def test_answer_head_needs_as_many_answers(run, tmp_path):
+    tensors = released_file(("answer",))
+    answers = tmp_path / "answers.txt"
+    answers.write_text("yes\nno\nred\nblue\n")
+    checkpoint, line = run(tensors, "--answers", answers)
+    assert checkpoint["answers"] == ["yes", "no", "red", "blue"]
+    assert checkpoint["task_heads"] == ["answer"] and "not used 1: position_ids (" in line
+    answers.write_text("yes\nno\n")
+    checkpoint, line = run(tensors, "--answers", answers)
+    assert checkpoint["answers"] == checkpoint["task_heads"] == []
+    assert "answer (4 classes, 2 answers given); --answers not used" in line
+
+
+def test_tokenizer_must_be_there_and_fit(run, tmp_path):
+    (tmp_path / "vocab.txt").rename(tmp_path / "own.txt")
+    tensors = released_file()
+    with pytest.raises(UserError, match="add --tokenizer vocab.txt"):
+        run(tensors)
+    assert run(tensors, "--tokenizer", tmp_path / "own.txt")[0]["tokenizer"]
+    with open(tmp_path / "own.txt", "a") as file:
+        file.write("".join(f"\nword{i}" for i in range(22)))
+    with pytest.raises(UserError, match="has 31 tokens, .* embeddings for 30"):
+        run(tensors, "--tokenizer", tmp_path / "own.txt")
+
+
+# ---- weights: what is refused --------------------------------------------------------------------
+
+
+def test_lightning_classes_are_not_needed(tmp_path, monkeypatch):
+    """Plain data stands in for a class that Lightning leaves in a file."""
+    module = "pytorch_lightning.utilities.parsing"
+    made = type("AttributeDict", (dict,), {"__module__": module})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", Namespace())
+    monkeypatch.setitem(sys.modules, module, Namespace(AttributeDict=made))
+    path = saved(tmp_path, {"state_dict": released_file(), "hyper_parameters": made(lr=1e-4)})
+    monkeypatch.undo()
+    assert convert(path)[3].kind == "All-in-one"
+
+
+def test_safetensors_or_how_to_install_it(tmp_path, monkeypatch):
+    path = tmp_path / "vit.safetensors"
+    pytest.importorskip("safetensors.torch").save_file(vit_file(), path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        convert(path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="pip install safetensors$"):
+        convert(path)
+
+
+W = torch.ones(192, 192)
+
+
+@pytest.mark.parametrize("name, tensor, line", [
+    ("transformer.blocks.1.attn.proj.bias", None, "lacks 1 tensors, .* blocks.1.attn.proj.bias"),
+    ("itm_score.fc.bias", None, "lacks 1 tensors, .* task_heads.matching.bias"),
+    ("transformer.pos_embed", torch.ones(1, 16, 192), "CLS and 15 patches"),
+    ("transformer.cls_token", W, r"cls_token has shape \(192, 192\), not 3 axes"),
+    ("transformer.blocks.1.ls1.gamma", W, "blocks.1.ls1.gamma has no place"),
+    ("a\x1b[2J", W, r"tensor a\\x1b\[2J has no place"),
+    ("mlm_score.decoder.bias", torch.zeros(30), "two different tensors for task_heads.mlm.3"),
+    ("pooler.dense.weight", W[:9], r"pooler.weight has shape \(9, 192\)"),
+    ("pooler.dense.weight", W.int(), "dtype torch.int32, not floats"),
+    ("pooler.dense.weight", W.cfloat(), "dtype torch.complex64, not floats"),
+    ("pooler.dense.weight", W.to_sparse(), "not a dense tensor"),
+    ("pooler.dense.weight", W.to("meta"), "not a dense tensor"),
+    ("pooler.dense.weight", torch.ones(1).expand(192, 192), "not the numbers for it"),
+    ("pooler.dense.weight", W.double() * 1e300, "not finite"),
+    ("pooler.dense.weight", W * torch.nan, "not finite")])
+def test_odd_tensors_are_named(name, tensor, line, tmp_path):
+    tensors = released_file() | {name: tensor}
+    if tensor is None:
+        del tensors[name]
+    with pytest.raises(UserError, match=line):
+        convert(saved(tmp_path, tensors))
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_broken_foreign_or_malicious_files_are_one_line(tmp_path, recwarn):
+    """Nothing in a file is executed, and no warning adds to the line."""
+    vit = vit_file()
+    path = saved(tmp_path, vit)
+    good = path.read_bytes()
+    weight = vit["norm.weight"].numpy().tobytes()
+    bomb = Bomb(tmp_path / "executed")
+    old = io.BytesIO()
+    torch.save(bomb, old, _use_new_zipfile_serialization=False)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("file/data.pkl", b"0" * 10 ** 6)
+    cases = [
+        (good[:len(good) // 2], "damaged or not a checkpoint"),
+        (good.replace(weight, b"?" + weight[1:]), "damaged"),
+        (packed.getvalue(), "damaged"),
+        (b"", "damaged"),
+        (pickle.dumps(bomb), "damaged"),
+        (old.getvalue(), "names posix.system"),
+        ({"model": vit, "x": bomb}, "names posix.system"),
+        ({"conv1.weight": W}, "not All-in-one.* conv1.weight"),
+        ({}, "no state dict"),
+        ({"state_dict": {"a": 1}}, "no state dict: a is no tensor"),
+        (AllInOne(SMALL).state_dict(), "use it as it is")]
+    for content, line in cases:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(UserError, match=line) as error:
+            convert(path)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    with pytest.raises(UserError, match="not a file"):
+        convert(tmp_path)
+    assert not bomb.target.exists() and not recwarn.list
+    pickle.loads(pickle.dumps(bomb))
+    assert bomb.target.exists(), "the bomb is a dud, so these cases show nothing"
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)> & \u2028"
+
+# ---- report, search and plots: a small world -----------------------------------------------------
+
+
+def write_clips(folder, *rows):
+    """A clip of five noisy pictures for each row, as its video, and the rows as train and test."""
+    rng = np.random.default_rng(0)
+    text = ""
+    for n, row in enumerate(rows):
+        (folder / f"clip{n}").mkdir(parents=True)
+        for k in range(5):
+            picture = encode_picture(rng.integers(0, 255, (40, 40, 3), np.uint8), ".png")
+            (folder / f"clip{n}/{k}.png").write_bytes(picture)
+        text += json.dumps({"video": f"clip{n}", **row}) + "\n"
+    (folder / "train.jsonl").write_text(text)
+    (folder / "test.jsonl").write_text(text)
+
+
+def write_checkpoint(path, *heads):
+    words = [*SPECIAL, "red", "ring", "is", "it", "?", "a"]
+    tokenizer = Tokenizer(wordpiece({word: n for n, word in enumerate(words)}))
+    model = AllInOne(replace(SIZES["toy"], vocab=len(words), answers=2, layers=2), heads)
+    init_narrow(model)
+    save_checkpoint(path, model, answers=["red", "blue"], tokenizer=tokenizer.to_json())
+    return str(path)
+
+
+def make_page(folder, head):
+    """(the HTML, its data) of the test rows in a folder."""
+    model, checkpoint = open_checkpoint(write_checkpoint(folder / "a.pt", head))
+    data = report.page_data(model, checkpoint, str(folder), "test", 9, Loading())
+    html = report.make_page(data)
+    return html, json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
+
+
+QUESTIONS = [{"question": "is it red ?", "answer": "red"},
+             {"question": "is it red ?", "answer": "red", "video": "clip0"},
+             {"question": f"is it {HOSTILE}", "answer": "red"}]
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def test_recorded_attention_is_that_of_the_model():
+    """With its values it gives the output of the module; padding gets nothing."""
+    model = AllInOne(replace(SIZES["toy"], layers=1)).eval()
+    attention = model.blocks[0].attn
+    x = torch.randn(2, 7, 96)
+    mask = (torch.arange(7) < 5).expand(2, 1, 1, 7)
+    with report.record_attention(model) as maps:
+        out = attention(x, mask, 3)
+    v = attention.qkv(x).view(2, 7, 3, 4, 24)[:, :, 2].transpose(1, 2)
+    expected = attention.proj((maps[0] @ v).transpose(1, 2).flatten(2))
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert maps[0].shape == (2, 4, 3, 7) and (maps[0][..., 5:] == 0).all()
+    attention(x, mask, 3)
+    assert len(maps) == 1                                   # the hook is gone
+
+
+@pytest.mark.parametrize("layout", ["spread", "none"])
+def test_attention_is_shown_where_tokens_come_from(layout):
+    config = replace(SIZES["toy"], roll=layout, layers=3)
+    model = AllInOne(config).eval()
+    frames = torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)
+    input_ids = torch.arange(7)
+    result = report.word_attention(model, frames, input_ids)
+    with torch.inference_mode(), report.record_attention(model) as maps:
+        model(frames[None], input_ids[None])
+    groups = roll_groups(4, 4, config.fraction, layout)
+    home = torch.arange(3 * 17).view(1, 3, 17, 1)           # where each token comes from
+    for block in range(3):
+        home = roll_loop(home, *groups)
+        seen = maps[block].mean(1)[:, :7, 7:].transpose(0, 1)
+        expected = torch.zeros(7, 51).index_copy(1, home.flatten(), seen.flatten(1))
+        assert torch.equal(result[block], expected.view(7, 3, 17)[:, :, 1:])
+
+
+def test_gallery_is_spread_over_types_right_and_wrong():
+    records = []
+    for n in range(100):
+        records.append({"id": str(n), "question_type": "ab"[n % 10 == 0], "correct": n % 4 > 0,
+                        "prediction": "x" if n else None})
+    chosen = report.choose(records, 12)
+    groups = [(records[i]["question_type"], records[i]["correct"]) for i in chosen]
+    assert [groups.count(group) for group in sorted(set(groups))] == [3, 3, 3, 3]
+    assert 0 not in chosen and chosen == sorted(set(chosen))
+
+
+def test_page_shows_what_the_model_saw(tmp_path):
+    """The frames of evaluation to the bit, each once; an attention map for every word."""
+    write_clips(tmp_path, *QUESTIONS)
+    _, data = make_page(tmp_path, "answer")
+    assert len(data["pictures"]) == 6 and [item["id"] for item in data["items"]] == list("123")
+    frames = read_frames(tmp_path / "clip2", lambda times: [0], 32)
+    png = encode_picture(frames[0].permute(1, 2, 0).numpy(), ".png")
+    picture = data["pictures"][data["items"][2]["frames"][0]]
+    assert picture == f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    for item in data["items"]:
+        attention = np.frombuffer(base64.b64decode(item["attention"]), np.uint8)
+        assert (attention.reshape(2, len(item["words"]), 48).max(2) == 255).all()
+    assert data["table"][-1]["chance"] == 100 and data["table"][-1]["majority"] == 100
+
+
+def test_page_is_safe_from_its_texts(tmp_path):
+    """They stay data; the page reaches no network."""
+    write_clips(tmp_path, *QUESTIONS)
+    html, data = make_page(tmp_path, "answer")
+    assert HOSTILE in data["items"][2]["text"] and "<img src=x" not in html
+    assert html.count("</script>") == 2
+    assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:;" in html
+    assert not re.search(r"innerHTML|insertAdjacentHTML|https?:|url\(|@import", html)
+
+
+def test_page_reads_the_chosen_option(tmp_path):
+    write_clips(tmp_path, {"question": "is it", "options": ["red", "ring"], "answer": 0})
+    item = make_page(tmp_path, "mc")[1]["items"][0]
+    assert item["words"][-2:] == [item["top"][0][0], "[SEP]"]
+
+
+def test_page_of_retrieval_shows_what_was_found(tmp_path):
+    write_clips(tmp_path, *[{"caption": "a red ring"}] * 3)
+    items = make_page(tmp_path, "contrast")[1]["items"]
+    middle = {item["truth"]: item["frames"][1] for item in items}
+    for item in items:
+        assert item["shown"] == [middle[video] for video, _ in item["top"]]
+        assert "attention" not in item
+
+
+# ---- search --------------------------------------------------------------------------------------
+
+
+def test_search_ranks_clips_by_cosine(tmp_path, monkeypatch, capsys):
+    """Clips that cannot be read are named."""
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path, {})
+    Path("clip0/broken.mp4").write_text("no video")
+    monkeypatch.setattr(sys, "argv", ["search.py", write_checkpoint("a.pt", "contrast"), "clip0",
+                                      "a red ring"])
+    search.main()
+    broken, line, *found = capsys.readouterr().out.splitlines()
+    assert broken.startswith("cannot be read: clip0/broken.mp4") and line.startswith("5 clips")
+    model, checkpoint = open_checkpoint("a.pt")
+    ids = Tokenizer.from_json(checkpoint["tokenizer"]).encode("a red ring", 40)
+    with torch.inference_mode():
+        text = F.normalize(model.encode_text(torch.tensor([ids]))[0], dim=0).numpy()
+        cosines = {name: search.embed_clip(model, f"clip0/{name}") @ text
+                   for name in os.listdir("clip0") if name != "broken.mp4"}
+    names = sorted(cosines, key=cosines.get, reverse=True)
+    assert found == [f"{cosines[name]:7.3f}  {name}" for name in names]
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """embedded(sha256, stop_at) -> the names of the clips in clip0/ that were read."""
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path, {})
+
+    def embed(sha256="a", stop_at=None):
+        read = []
+
+        def embed_clip(model, file):
+            if file == stop_at:
+                raise KeyboardInterrupt
+            read.append(Path(file).stem)
+            return np.ones(2)
+
+        monkeypatch.setattr(search, "embed_clip", embed_clip)
+        try:
+            search.embed_folder(None, "clip0", search.list_clips("clip0", sha256), "kept.npz")
+        except KeyboardInterrupt:
+            pass
+        return "".join(read)
+    return embed
+
+
+def test_search_reads_only_what_changed(embedded):
+    assert embedded() == "01234" and embedded() == ""
+    os.utime("clip0/1.png", (1, 1))
+    assert embedded() == "1"
+    Path("clip0/2.png").unlink()
+    assert embedded() == "" and embedded("another checkpoint") == "0134"
+
+
+@pytest.mark.parametrize("content", [b"", b"no", b"PK\3\4", np.array([Path("x")], object)])
+def test_search_survives_damaged_embeddings(embedded, content):
+    """And executes nothing that lies in them."""
+    if isinstance(content, bytes):
+        Path("kept.npz").write_bytes(content)
+    else:
+        np.savez("kept.npz", keys=content)
+    assert embedded() == "01234" and embedded() == ""
+
+
+def test_search_keeps_what_was_read_before_ctrl_c(embedded):
+    assert embedded(stop_at="clip0/2.png") == "01"
+    assert embedded() == "234"
+    os.utime("clip0/0.png", (1, 1))
+    embedded(stop_at="clip0/0.png")                         # the others are still known
+    assert embedded() == "0"
+
+
+# ---- plots ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plots():
+    pytest.importorskip("matplotlib")
+    from tools import plots
+    return plots
+
+
+def write_run(folder, value=50.0, test=True, name="msrvtt-qa", log="", **changes):
+    """A run folder as train.py leaves it."""
+    Path(folder).mkdir()
+    config = {"model": {"roll": "spread"}, "recipe": {"lr": 1}, "seed": 0, "init": None, **changes}
+    row = {"type": "which way", "accuracy": 9.0, "chance": 25.0, "order-blind": 50.0}
+    table = [row, {**row, "type": "all", "accuracy": value}]
+    Path(folder, "config.json").write_text(json.dumps(config))
+    Path(folder, "metrics.jsonl").write_text(log)
+    if test:
+        figures = {name: {"metrics": {"accuracy": value}, "table": table}}
+        Path(folder, "test.json").write_text(json.dumps(figures))
+
+
+def test_table_groups_runs_by_what_varies(plots, tmp_path, monkeypatch, capsys):
+    """Runs that differ in nothing but the seed, also in the path of --init, are one group."""
+    monkeypatch.chdir(tmp_path)
+    for seed, value in ((0, 50.0), (1, 70.0)):
+        more = {"seed": seed, "init": f"runs/pre-s{seed}/best.pt"}
+        write_run(f"a{seed}", value, **more)
+        write_run(f"b{seed}", value + 20, model={"roll": "none"}, **more)
+    write_run("c", test=False)
+    heads, _, *rows = plots.table_rows(plots.group_runs(["a0", "b1", "c", "b0", "a1"]))
+    assert heads[1:5] == ["figure", "roll", "runs", "test"]
+    assert [row[1:5] for row in rows] == [
+        ["accuracy", "spread", "2", "60.0 ± 14.1"], ["accuracy", "none", "2", "80.0 ± 14.1"],
+        ["which way", "spread", "2", "9.0 ± 0.0"], ["which way", "none", "2", "9.0 ± 0.0"]]
+    assert rows[0][5:] == ["25.0", "", "50.0", "42.5", "42.9"]
+    assert capsys.readouterr().err == "c has no test.json yet and is left out\n"
+
+
+def test_table_of_several_benchmarks_has_their_main_figures(plots, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("a")
+    write_run("b", name="msvd-qa", recipe={"lr": 2})
+    heads, _, *rows = plots.table_rows(plots.group_runs(["a", "b"]))
+    assert [row[:2] for row in rows] == [["msrvtt-qa", "accuracy"], ["msvd-qa", "accuracy"]]
+    assert "lr" not in heads                                # it does not vary within a benchmark
+
+
+def test_table_refuses(plots, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("a")
+    write_run("b")
+    write_run("c", test=False)
+    for runs, message in ((["a", "b"], "b: another run of these settings has seed 0"),
+                          (["c"], "none of these runs"), (["nowhere"], "no run of train.py")):
+        with pytest.raises(UserError, match=message):
+            plots.group_runs(runs)
+
+
+def test_curves_show_the_log(plots, tmp_path, monkeypatch):
+    """Of two runs in one figure, with the loss of a guess. Half a last line does no harm."""
+    monkeypatch.chdir(tmp_path)
+    train = '{"step": 1, "vqa": 3, "chance": {"vqa": 2.5, "mlm": 9}}\n{"step": 2, "vqa": 2}\n'
+    val = '{"step": 2, "val": {"accuracy": 40, "x MedR": 9}}\n'
+    write_run("a", log=train + val + '{"step": 3, "vq')
+    write_run("b", log=train)
+    above, below = plots.draw_curves(["a", "b"]).axes
+    assert [list(line.get_ydata()) for line in above.lines] == [[3, 2], [2.5, 2.5]] * 2
+    assert [line.get_xydata().tolist() for line in below.lines] == [[[2, 40]]]
+    write_run("c")
+    with pytest.raises(UserError, match="c has logged nothing yet"):
+        plots.draw_curves(["c"])
+
+
+def test_figures_come_from_the_ops(plots):
+    tokens = plots.draw_roll(side=16).axes[4].collections[0].get_array()
+    assert np.bincount(tokens.ravel()).tolist() == [0, 32, 192, 32]     # frame 1, after the roll
+    mask = plots.draw_sequence().axes[1].collections[0].get_array()
+    assert mask.sum() == 3 * 24 * 22                        # three frames, 2 of 24 keys are padding
+    counts = [frames.sum(dim=(1, 2)).tolist() for _, frames in plots.spread_states(T=5, side=8)]
+    assert counts == [[0, 0, 64, 0, 0], [0, 8, 48, 8, 0], [0, 64, 64, 64, 0], [8, 56, 64, 56, 8],
+                      [64] * 5]
+
+
+def test_sheet_names_classes_and_marks_answers(plots, tmp_path):
+    assert plots.describe({"label": 1}, ["run", "jump"]) == ["✓ jump"]
+    row = {"question": "what?", "options": ["a", "b"], "answer": 1}
+    assert plots.describe(row, []) == ["what?", "   a", "✓ b"]
+    write_clips(tmp_path, *QUESTIONS)
+    figure = plots.draw_sheet(str(tmp_path), "test", 8)
+    assert ["✓ red" in axes.texts[0].get_text() for axes in figure.axes] == [True, True]
+    plots.save(figure, tmp_path / "sheet.png")
+
+
+def test_plots_without_matplotlib_is_one_line():
+    code = "import sys; sys.modules['matplotlib'] = None; import tools.plots"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parent.parent)
+    assert done.stderr == "plots.py needs matplotlib: pip install matplotlib\n"
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_batch():
+    """(config, ways in eval mode, a batch)."""
+    threads = torch.get_num_threads()
+    config, ways = bench.make_ways("toy")
+    for way in ways.values():
+        way.eval()
+    yield config, ways, bench.make_batch(config, 7)
+    torch.set_num_threads(threads)
+
+
+def test_plain_gives_the_same_losses_as_ours(toy_batch):
+    config, ways, batch = toy_batch
+    with torch.inference_mode():
+        ours = ways["ours"](batch)
+        plain = ways["plain"](batch)
+    assert ours.keys() == plain.keys()
+    for name in ours:
+        assert abs(ours[name] - plain[name]) < 1e-5
+
+
+def test_plain_gives_the_same_output_for_short_texts(toy_batch):
+    config, ways, batch = toy_batch
+    ids = batch["input_ids"][:, 0, :10]
+    with torch.inference_mode():
+        ours = ways["ours"].read(batch["frames"], ids, ids >= 0)
+        plain = ways["plain"].read(batch["frames"], ids, ids >= 0)
+    assert torch.allclose(ours.pooled, plain.pooled, atol=1e-5)
+    assert torch.allclose(ours.text, plain.text[:, :10], atol=1e-5)
+
+
+def test_vilt_reads_pictures_as_transformers_does(toy_batch):
+    pytest.importorskip("transformers")
+    config, ways, batch = toy_batch
+    frames = batch["frames"]
+    ids = batch["input_ids"][:, 0]
+    with torch.inference_mode():
+        pooled, _ = ways["ViLT"].read(frames, ids, ids >= 0)
+        pixels = frames.flatten(0, 1) / 127.5 - 1
+        ids = ids.repeat_interleave(3, 0)
+        theirs = ways["ViLT"].vilt(ids, ids >= 0, pixel_values=pixels).pooler_output
+    assert torch.allclose(pooled, theirs.unflatten(0, (-1, 3)).mean(dim=1), atol=1e-5)
+
+
+def test_step_flops_are_those_that_torch_counts(toy_batch):
+    config, ways, batch = toy_batch
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        ways["ours"](batch)
+    forward = bench.step_flops(config) / 3                  # backward is twice forward
+    assert math.isclose(counter.get_total_flops() / 7, forward, rel_tol=1e-3)
+
+
+def test_methods_take_turns_in_changing_order():
+    called = []
+    runs = {name: lambda name=name: called.append(name) for name in "abcd"}
+    times = bench.take_turns(runs, time.perf_counter, budget=10)
+    rounds = [tuple(called[i:i + 4]) for i in range(0, len(called), 4)]
+    assert {len(seconds) for seconds in times.values()} == {15}
+    assert all(sorted(names) == list("abcd") for names in rounds)
+    assert len(set(rounds)) > 1
+    times = bench.take_turns({"slow": lambda: time.sleep(0.01)}, time.perf_counter, budget=0)
+    assert len(times["slow"]) == 3
+
+
+def test_a_trace_gives_kernel_time_and_host_waits():
+    events = [{"cat": "kernel", "name": "gemm", "ts": 0, "dur": 300},
+              {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "ts": 400, "dur": 100},
+              {"cat": "gpu_user_annotation", "name": "step", "ts": 0, "dur": 900},
+              {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 1, "dur": 5},
+              {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 1, "dur": 5},
+              {"ph": "M", "name": "process_name"}]
+    busy, stops = bench.read_trace(events)
+    assert math.isclose(busy, 400e-6) and stops == 1
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_long_files_repeat_their_first_frames(tmp_path, suffix):
+    path = str(tmp_path / f"long.{suffix}")
+    bench.encode(path, seed=0, count=30, repeats=3)
+    frames = read_frames(path, lambda times: range(len(times)))
+    assert len(frames) == 90
+    assert torch.equal(frames[:30], frames[30:60]) and torch.equal(frames[:30], frames[60:])
+    assert np.array_equal(bench.decode_all(path, [3, 44, 89], None), frames[[3, 44, 89]])
+
+
+def test_exact_methods_are_marked_and_absent_ones_left_out(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.mp4")
+    bench.encode(path, seed=0, count=40)
+    wrong = {"ours": bench.ours, "other": lambda path, numbers, R: bench.ours(path, [0, 1], R)}
+    wrong["decord"] = lambda path, numbers, R: __import__("no_such_package")
+    monkeypatch.setattr(bench, "METHODS", wrong)
+    marks, runs = bench.check_methods(path, [5, 20])
+    assert marks == {"ours": "=", "other": "!", "decord": "absent"}
+    assert list(runs) == ["ours", "other"]
+
+
+def test_clips_of_the_loader_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "encode", lambda path, seed: path.write_bytes(b"%d" % seed))
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", ThreadPoolExecutor)
+    bench.make_clips(tmp_path, 45)
+    rows = Manifest(tmp_path, "train")
+    assert len(rows) == 45
+    assert (Path(rows.root) / rows[44]["video"]).read_bytes() == b"4"       # 40 differ
+
+
+def test_loader_and_video_name_bad_arguments(monkeypatch):
+    for words in (["loader", "--workers", "0"], ["data", "--rows", "-1"], ["video"],
+                  ["video", "/no/such/file.mp4"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+        with pytest.raises(UserError):
+            bench.main()
+
+
+LAB = Path(__file__).resolve().parent.parent / "lab"
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script here, as `python SCRIPT ARGS` does: (exit code, stdout, stderr)."""
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, args)])
+        code = 0
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def check_answers(run_script, tmp_path):
+    """Run check.py on the solutions with other code at their end."""
+    def check(code, *names):
+        module = tmp_path / "mine.py"
+        module.write_text((LAB / "solutions.py").read_text() + "\n\n" + code)
+        return run_script(LAB / "check.py", *names, "--module", module)
+
+    return check
+
+
+def test_all_solutions_are_right(run_script):
+    code, out, _ = run_script(LAB / "check.py", "--module", LAB / "solutions.py")
+    assert (code, out.splitlines()[-1]) == (0, "9 of 9 right")
+
+
+def test_every_exercise_is_wrong_before_it_is_solved(run_script):
+    code, out, err = run_script(LAB / "check.py")
+    assert (code, out.splitlines()[-1], err) == (1, "0 of 9 right", "")
+    assert "\nranks: NotImplementedError  (line " in out
+    assert "\nembed_with_time: 3456 of 6528 numbers differ, the first at (B 0, T 0, N 0" in out
+
+
+WRONG = '''
+from torch.nn.functional import cross_entropy
+right_groups = roll_groups
+
+def roll_tokens(x, forward, backward):
+    x[:, :, forward] = x[:, :, forward].roll(-1, dims=1)
+    x[:, :, backward] = x[:, :, backward].roll(1, dims=1)
+    return x
+
+def roll_gradient(grad, forward, backward):
+    return grad.roll(1, dims=1)
+
+def roll_groups(*shape):
+    forward, backward = right_groups(*shape)
+    return forward - 1, backward - 1
+
+def frame_indices(num_frames, T, mode, rng=None):
+    return [t * num_frames // T for t in range(T)]
+
+def attention(q, k, v, mask):
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask.mT, -1e9).softmax(-1) @ v
+
+def mlm_loss(scores, labels):
+    loss = cross_entropy(scores.mT, labels, ignore_index=-1, reduction="sum")
+    return loss / labels.numel()
+
+def contrastive_loss(text, video, temperature):
+    return cross_entropy(text @ video.T / temperature, torch.arange(len(text)))
+
+def ranks(scores, target):
+    own = scores[np.arange(len(scores)), target]
+    return 1 + (scores > own[:, None]).sum(1)
+
+def embed_with_time(x, time_embed):
+    return x + time_embed[:x.shape[1], None]
+'''
+HINTS = {
+    "roll_tokens": ("rolled the wrong way", "it changed its input"),
+    "roll_gradient": ("CLS is token 0",),
+    "roll_groups": ("CLS moves",),
+    "frame_indices": ("starts of the segments", "called with 17, 4, eval, Gen"),
+    "attention": ("mask the keys",),
+    "mlm_loss": ("mean over all words",),
+    "contrastive_loss": ("one direction",),
+    "ranks": ("dtype torch.int64, expected torch.float64", "ties count as perfect"),
+    "embed_with_time": ("CLS is token 0",)
+}
+
+
+def test_common_mistakes_get_their_hints(check_answers):
+    code, out, err = check_answers(WRONG)
+    assert (code, out.splitlines()[-1], err) == (1, "0 of 9 right", "")
+    sections = re.split(r"^(?=\w)", out, flags=re.M)
+    for section, (name, hints) in zip(sections[1:], HINTS.items()):
+        assert section.startswith(f"{name}: ")
+        for hint in hints:
+            assert hint in section
+
+
+def test_the_example_of_the_readme_is_what_check_prints(check_answers):
+    code = "right = roll_tokens\ndef roll_tokens(x, a, b):\n    return right(x, b, a)\n"
+    _, out, _ = check_answers(code, "roll_tokens")
+    assert out.removesuffix("0 of 1 right\n") in (LAB / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code, line", [
+    ("ranks = None", "ranks: there is no such function"),
+    ("def ranks(a, b):\n    return a.nothing\n",
+     "ranks: AttributeError 'numpy.ndarray' object has no attribute 'nothing' (line N of mine.py)"),
+    ("def ranks(a):\n    pass\n",
+     "ranks: TypeError ranks() takes 1 positional argument but 2 were given (mine.py)"),
+    ("def ranks(a, b):\n    pass\n", "ranks: it returned a NoneType, expected a ndarray")
+])
+def test_failing_code_of_a_student_is_one_line(check_answers, code, line):
+    _, out, err = check_answers(code, "ranks")
+    out = re.sub(r"line \d+", "line N", out)
+    assert (out, err) == (f"{line}\n0 of 1 right\n", "")
+
+
+def test_a_file_that_cannot_be_loaded_is_one_line(check_answers):
+    code, out, err = check_answers("def ranks(:\n")
+    assert (code, out) == (2, "")
+    err = re.sub(r"line \d+", "line N", err)
+    assert err == "check.py: SyntaxError invalid syntax (mine.py, line N) (mine.py)\n"
+
+
+def test_an_unknown_exercise_is_one_line(run_script):
+    code, _, err = run_script(LAB / "check.py", "roll")
+    assert code == 2
+    assert err.startswith("check.py: exercise roll is unknown; choose from roll_tokens, ")
+
+
+def test_walkthrough_shows_the_tensors_in_79_columns(run_script):
+    code, out, err = run_script(LAB / "walkthrough.py")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 79
+    assert "    frame 0    0 | 0000000000000000    0 | 2010020110200102\n" in out
+    assert "    after block 0, frame 0: 01..4\n    after block 0, frame 1: 012..\n" in out
+    assert out.count("01234\n") == 5                        # after block 1: everything
+
+
+def test_python_in_the_readme_prints_what_the_answers_state(run_script, tmp_path):
+    text = (LAB / "README.md").read_text(encoding="utf-8")
+    questions = re.findall(r"```python\n(.*?)```", text, re.S)
+    answers = re.findall(r"```text\n(.*?)```", text, re.S)
+    assert len(questions) == len(answers) > 4
+    for question, answer in zip(questions, answers):
+        script = tmp_path / "question.py"
+        script.write_text(question)
+        assert run_script(script) == (0, answer, "")
