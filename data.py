@@ -27,6 +27,7 @@ import re
 import shutil
 import signal
 import threading
+import traceback
 import zipfile
 import zlib
 from array import array
@@ -719,6 +720,7 @@ OWN = {"vqa": "msrvtt-qa", "choice": "tgif-action", "vcr": "vcr", "retrieval": "
 # and perhaps the part of the clip to look at: seconds or frames, [first, last]; boxes (VCR);
 # question_type.
 
+MAX_LABEL = 2 ** 20     # as many classes as a model can have
 ROW_FIELDS = {"id", "video", "question", "answer", "options", "caption", "captions", "label",
               "seconds", "frames", "boxes", "question_type"}
 
@@ -739,7 +741,7 @@ def manifest_info(folder):
         raise UserError(f"{path} cannot be read ({error}); prepare the data again") from None
     if not isinstance(info, dict) or not isinstance(info.get("root"), str):
         raise UserError(f"{path} names no root folder; prepare the data again")
-    if info.get("benchmark", "webvid") not in BENCHMARKS:
+    if info.get("benchmark", "webvid") not in list(BENCHMARKS):     # a list: it may be unhashable
         raise UserError(f"{path}: benchmark {info['benchmark']!r:.40} is unknown; there are "
                         f"{', '.join(BENCHMARKS)}")
     return info
@@ -760,9 +762,13 @@ class Manifest:
         self.offsets, self.crc = line_offsets(self.path)
         self.file = None
         self.process = None
-        if "prepared" not in info:
-            for i in range(len(self)):          # written by hand: find mistakes at the start
-                self[i]
+        if len(self) == 0:
+            raise UserError(f"{self.path} has no rows")
+        if "prepared" not in info:              # written by hand: find mistakes at the start
+            for i in range(len(self)):
+                if row_task(self[i]) != row_task(self[0]):
+                    raise UserError(f"{self.path}, row {i + 1}: its fields are not those of row 1, "
+                                    f"which is for {row_task(self[0])}; make another folder of it")
 
     def __len__(self):
         return len(self.offsets)
@@ -788,13 +794,14 @@ def line_offsets(path):
     """(int64 array with the position of every row, crc32 of the file). Found in one pass and kept
     in a file of the same name, where the folder can be written."""
     try:
-        stat = os.stat(path)
-    except OSError:
-        raise UserError(f"{path} is not there; it holds one row a line, as tools/prepare.py "
-                        "writes it") from None
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); it holds one row a line, as "
+                        "tools/prepare.py writes it") from None
     kept = f"{path}.offsets.npy"
     key = [stat.st_size, stat.st_mtime_ns]
-    with suppress(OSError, ValueError, EOFError):
+    with suppress(Exception):        # absent or damaged in whatever way: made anew
         saved = np.load(kept, allow_pickle=False)
         if saved.dtype == np.int64 and saved.ndim == 1 and saved[:2].tolist() == key:
             return saved[3:], int(saved[2])
@@ -834,11 +841,12 @@ def check_row(row):
         raise ValueError("video must be a path without '..'")
     task = row_task(row)
     if task == "action":
-        good = type(row["label"]) is int and row["label"] >= 0
+        good = type(row["label"]) is int and 0 <= row["label"] < MAX_LABEL
     elif task == "retrieval":
         good = is_text_list(captions_of(row), 1)
     elif task == "choice":
-        good = is_text_list(row["options"], 2) and isinstance(row.get("question", ""), str)
+        question = row.get("question", "")
+        good = is_text_list(row["options"], 2) and (question == "" or is_text(question))
         good = good and type(row.get("answer")) is int and 0 <= row["answer"] < len(row["options"])
     else:
         good = is_text(row.get("question")) and is_text(row.get("answer"))
@@ -846,15 +854,22 @@ def check_row(row):
         raise ValueError("a row has question and answer (texts); or question, options (two texts "
                          "or more) and answer (a number from 0 on); or caption (a text); or "
                          "captions (texts); or label (a number)")
-    if not is_text(row.get("id", "1")):
-        raise ValueError("id must be a text")
+    for name in ("id", "question_type"):
+        if not is_text(row.get(name, "1")):
+            raise ValueError(f"{name} must be a text")
     for name in ("seconds", "frames"):
         if name in row and not is_span(row[name]):
             raise ValueError(f"{name} must be [first, last], from 0 on")
+    boxes = row.get("boxes", [])
+    if not isinstance(boxes, list) or not all(map(is_box, boxes)):
+        raise ValueError("boxes must be a list of [x1, y1, x2, y2], each from 0 to 1")
 
 
 def is_text(value):
-    return isinstance(value, str) and not value.isspace() and 0 < len(value) and "\0" not in value
+    """A text with words in it, that can be encoded: no NUL, no half of a surrogate pair."""
+    if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
+        return False
+    return value.strip() != ""
 
 
 def is_text_list(value, least):
@@ -862,9 +877,18 @@ def is_text_list(value, least):
 
 
 def is_span(value):
-    if not isinstance(value, list) or [type(x) in (int, float) for x in value] != [True, True]:
+    return are_numbers(value, 2) and 0 <= value[0] <= value[1] < math.inf
+
+
+def is_box(value):
+    return are_numbers(value, 4) and 0 <= min(value) <= max(value) <= 1
+
+
+def are_numbers(value, count):
+    """A list of so many numbers, none of them NaN."""
+    if not isinstance(value, list) or len(value) != count:
         return False
-    return 0 <= value[0] <= value[1] < math.inf
+    return all(type(x) in (int, float) and x == x for x in value)
 
 
 def benchmark_of(folder, task=None):
@@ -893,12 +917,13 @@ def read_answers(folder):
     if not os.path.exists(path):
         return count_answers(Manifest(folder, "train"))
     try:
-        with open(path, encoding="utf-8") as file:
-            answers = file.read().splitlines()
+        with open(path, encoding="utf-8-sig") as file:          # an editor may add a mark
+            answers = file.read().removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not answers or len(set(answers)) < len(answers):
-        raise UserError(f"{path} is empty or repeats an answer; it holds one answer a line")
+    if "" in answers or len(set(answers)) < len(answers):
+        raise UserError(f"{path} is empty, has an empty line or repeats an answer; it holds one "
+                        "answer a line")
     return answers
 
 
@@ -1061,8 +1086,6 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.train = train
         self.seed = seed
         self.listings = os.path.join(folder, "listings")
-        if len(self.rows) == 0:
-            raise UserError(f"{self.rows.path} has no rows")
         needed = {"vcr": "choice", "pretrain": "retrieval"}.get(spec.task, spec.task)
         if row_task(self.rows[0]) != needed:
             raise UserError(f"{self.rows.path}: its rows are for {row_task(self.rows[0])}, not for "
@@ -1266,7 +1289,10 @@ def make_loader(dataset, batches, workers, pad):
     try:
         yield from loader
     except (RuntimeError, UserError) as error:
+        traceback.clear_frames(error.__traceback__)         # in a cycle, they keep the workers
         cause = str(error).strip().splitlines()[-1]         # a worker sends its traceback along
+        if isinstance(error, UserError):
+            raise UserError(cause.removeprefix("allinone.UserError: ")) from None
         raise UserError(f"reading data failed: {cause} (--workers 0 reads in the main process and "
                         "needs no shared memory)") from None
 
@@ -1279,6 +1305,7 @@ def start_worker(number):
 
 @atexit.register
 def end_workers():
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # else torch reports their end as an error
     for process in multiprocessing.active_children():
         process.kill()
 

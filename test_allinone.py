@@ -1,5 +1,6 @@
 """The contracts of the core, in the order of its files: rolling, allinone, data, eval, train."""
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -1569,6 +1570,8 @@ def test_offsets_are_kept_until_the_file_changes(tmp_path):
     assert len(Manifest(folder, "train")) == 1
     write_rows(tmp_path, [CAPTION] * 3)
     assert len(Manifest(folder, "train")) == 3
+    kept.write_bytes(b"PK\3\4 damaged")
+    assert len(Manifest(folder, "train")) == 3
 
 
 def test_crc_changes_with_a_row(tmp_path):
@@ -1622,10 +1625,12 @@ video     | {"caption": "a ring", "video": ""}
 video     | {"caption": "a ring", "video": 5}
 video     | {"caption": "a ring", "video": "clips/../../a.mp4"}
 video     | {"caption": "a ring", "video": "a\u0000.mp4"}
+video     | {"caption": "a ring", "video": "a\ud800.mp4"}
 a row has | {"video": "a.mp4"}
 a row has | {"video": "a.mp4", "question": "what?"}
 a row has | {"video": "a.mp4", "question": " ", "answer": "red"}
 a row has | {"video": "a.mp4", "question": "what?", "answer": 1}
+a row has | {"video": "a.mp4", "question": "what \ud800?", "answer": "red"}
 a row has | {"video": "a.mp4", "options": ["red"], "answer": 0}
 a row has | {"video": "a.mp4", "options": "red", "answer": 0}
 a row has | {"video": "a.mp4", "options": ["red", 5], "answer": 0}
@@ -1635,6 +1640,7 @@ a row has | {"video": "a.mp4", "options": ["red", "blue"], "answer": -1}
 a row has | {"video": "a.mp4", "options": ["red", "blue"], "answer": true}
 a row has | {"video": "a.mp4", "options": ["red", "blue"], "answer": "red"}
 a row has | {"video": "a.mp4", "options": ["red", "blue"], "answer": 1, "question": null}
+a row has | {"video": "a.mp4", "options": ["red", "blue"], "answer": 1, "question": "\ud800"}
 a row has | {"video": "a.mp4", "caption": ""}
 a row has | {"video": "a.mp4", "captions": []}
 a row has | {"video": "a.mp4", "captions": ["a ring", ""]}
@@ -1642,7 +1648,9 @@ a row has | {"video": "a.mp4", "captions": "a ring"}
 a row has | {"video": "a.mp4", "label": -1}
 a row has | {"video": "a.mp4", "label": true}
 a row has | {"video": "a.mp4", "label": "3"}
+a row has | {"video": "a.mp4", "label": 9999999999999999999}
 id        | {"video": "a.mp4", "label": 3, "id": 5}
+question_ | {"video": "a.mp4", "label": 3, "question_type": ["what"]}
 seconds   | {"video": "a.mp4", "label": 3, "seconds": [2, 1]}
 seconds   | {"video": "a.mp4", "label": 3, "seconds": [-1, 1]}
 seconds   | {"video": "a.mp4", "label": 3, "seconds": [0, NaN]}
@@ -1650,6 +1658,11 @@ seconds   | {"video": "a.mp4", "label": 3, "seconds": [0, Infinity]}
 seconds   | {"video": "a.mp4", "label": 3, "seconds": [0, 1, 2]}
 frames    | {"video": "a.mp4", "label": 3, "frames": 5}
 frames    | {"video": "a.mp4", "label": 3, "frames": ["0", "9"]}
+boxes     | {"video": "a.mp4", "label": 3, "boxes": 5}
+boxes     | {"video": "a.mp4", "label": 3, "boxes": [[0, 0, 1]]}
+boxes     | {"video": "a.mp4", "label": 3, "boxes": [[0, 0, 1, NaN]]}
+boxes     | {"video": "a.mp4", "label": 3, "boxes": [[0, 0, 1, 640]]}
+row 1     | {"video": "a.mp4", "question": "what?", "answer": "red"}
 """))
 def test_a_malformed_row_is_one_line(cause, line, tmp_path):
     good = {"video": "a.mp4", "label": 3}
@@ -1665,6 +1678,7 @@ no root folder | {"benchmark": "msrvtt"}
 no root folder | {"root": 5}
 is unknown     | {"root": "/media", "benchmark": "msrvtt-qqq"}
 is unknown     | {"root": "/media", "benchmark": null}
+is unknown     | {"root": "/media", "benchmark": ["msrvtt"]}
 """))
 def test_a_damaged_dataset_json_is_one_line(cause, content, tmp_path):
     (tmp_path / "dataset.json").write_text(content)
@@ -1677,6 +1691,11 @@ def test_a_folder_without_data_names_the_next_command(tmp_path):
         manifest_info(str(tmp_path))
     with one_line("val.jsonl .*tools/prepare.py"):
         Manifest(write_rows(tmp_path, [CAPTION]), "val")
+    with one_line("train.jsonl has no rows"):
+        benchmark_of(write_rows(tmp_path, [""]))
+    (tmp_path / "val.jsonl").mkdir()
+    with one_line("val.jsonl cannot be read"):
+        Manifest(str(tmp_path), "val")
     (tmp_path / "dataset.json").mkdir()
     with one_line("dataset.json cannot be read"):
         manifest_info(str(tmp_path))
@@ -1718,6 +1737,7 @@ def test_answers_of_own_data_are_counted(tmp_path):
 
 @pytest.mark.parametrize("content, cause", [
     (b"", "empty"),
+    (b"red\n\nblue\n", "empty"),
     (b"red\nblue\nred\n", "repeats"),
     (b"red\n\xff\n", "cannot be read")])
 def test_a_damaged_answers_txt_is_one_line(content, cause, tmp_path):
@@ -2134,6 +2154,40 @@ def test_a_killed_worker_is_one_line():
 def test_workers_go_on_until_the_main_process_has_saved(key):
     """Ctrl-C and clusters signal all processes; only the main one ends by itself."""
     assert list(make_loader(Signalled(), [[key]], workers=1, pad=0)) == [{"errors": {}}]
+
+
+def test_a_mistake_that_a_worker_finds_is_one_line(tmp_path):
+    write_info(tmp_path)
+    clips = dataset(tmp_path, [QUESTION, "nonsense"])
+    with one_line("^/.*train.jsonl, row 2: Expecting"):
+        list(make_loader(clips, [[(0, 1)]], workers=1, pad=0))
+    gc.collect()
+    assert multiprocessing.active_children() == []      # no cycle of frames keeps them
+
+
+UNFINISHED = """
+from allinone import UserError, run_main
+from data import make_loader
+
+class Endless(list):
+    def __getitem__(self, key):
+        return {"errors": {}}
+
+def main():
+    for batch in make_loader(Endless(), [[0]] * 999, workers=2, pad=0):
+        raise EXCEPTION
+
+run_main("main", main)
+"""
+
+
+@pytest.mark.parametrize("exception, code, stderr", [
+    ("UserError('broken')", 2, "main: broken\n"), ("KeyboardInterrupt", -2, "interrupted\n")])
+def test_no_worker_keeps_the_main_process_from_ending(exception, code, stderr):
+    script = UNFINISHED.replace("EXCEPTION", exception)
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(data.__file__).parent,
+                          timeout=60, capture_output=True, text=True)
+    assert [done.returncode, done.stderr] == [code, stderr]
 
 
 def test_too_little_shared_memory_is_found_out_before(monkeypatch):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import (BatchSampler, MixedDataset, Tokenizer, VideoTextDataset, benchmark_of,
-                  check_shared_memory, has_split, make_loader, read_answers)
+                  check_shared_memory, has_split, make_loader, manifest_info, read_answers)
 from eval import (Loading, answer_scores, check_positive, check_workers, default_workers, embeddings,
                   evaluate, evaluate_folder, format_metrics, input_spec, join_processes,
                   open_checkpoint, option_scores, pick_device, to_device)
@@ -296,8 +296,8 @@ def make_recipe(args, data):
         raise UserError(f"--batch {batch} must be a multiple of {pieces}, processes x --accum")
     epoch = sum(length // batch for length in lengths)
     steps = benchmark.steps or benchmark.epochs * epoch
-    if data.toy:
-        steps = clips // batch
+    if data.toy:                                # which-way learns sooner
+        steps = manifest_info(data.folders[0]).get("toy_clips", clips) // batch
     steps = args.steps or max(1, steps)
     warmup = benchmark.warmup if benchmark.warmup >= 1 and not data.toy else 0.1 * steps
     head_lr = 1 if data.toy else benchmark.head_lr

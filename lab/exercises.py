@@ -9,7 +9,7 @@ it. Do not change what you are given: work on copies, such as x.clone().
 Axes: B clips, T frames, N visual tokens per frame (CLS first), L text tokens, D width, H attention
 heads, K = D // H, V vocabulary.
 """
-import numpy as np
+import numpy as np      # for frame_indices
 import torch
 
 
