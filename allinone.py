@@ -31,6 +31,7 @@ sys.excepthook = one_line_interrupt                     # also while torch is be
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # threads that spin slow down the workers
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # huge pages: faster memory on a CPU
 import contextlib
+import fcntl
 import math
 import re
 import time
@@ -121,7 +122,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, queries=None):
         """x (B*T, S, D); mask (B*T, 1, 1, S) bool, True where keys may be attended to, or None.
-        queries: only the first so many tokens attend, None for all. -> (B*T, queries or S, D)"""
+        queries: compute only the first so many tokens; None: all. -> (B*T, queries or S, D)"""
         rows, S, D = x.shape
         qkv = self.qkv(x).view(rows, S, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B*T, H, S, K)
@@ -177,8 +178,8 @@ class Block(nn.Module):
 
 class Output(NamedTuple):
     pooled: Tensor      # (B, D), tanh(dense(text CLS)), for heads that score a clip with its text
-    text: Tensor        # (B, L, D), mean over frames
-    video: Tensor       # (B, N, D), mean over frames, CLS first
+    text: Tensor        # (B, L, D), mean over frames; with `queries` only so many tokens
+    video: Tensor       # (B, N, D), mean over frames, CLS first; with `queries` none
 
 
 HEADS = ("matching", "mlm", "answer", "mc", "rank", "rank2", "contrast")
@@ -201,7 +202,7 @@ def make_head(name, config):
         dropout = nn.Dropout(config.dropout)
         return nn.Sequential(dropout, nn.Linear(D, 256), nn.LayerNorm(256), nn.GELU(),
                              nn.Linear(256, 1))
-    if name in ("rank", "rank2"):                           # the same, starts as row 1 of matching
+    if name in ("rank", "rank2"):                           # one score for a text; see fill()
         return nn.Linear(D, 1)
     if name == "contrast":
         return nn.ModuleDict({"text": nn.Linear(D, config.embed),
@@ -312,7 +313,7 @@ class AllInOne(nn.Module):
         x (B, T, S, D), attention_mask (B, S) or None -> (B, queries or S, D).
         first_visual: the number of the first token that may roll; None: none does."""
         B, T, S, D = x.shape
-        rolls = first_visual is not None and T > 1 and len(self.forward_group) > 0
+        rolls = first_visual is not None
         if rolls:
             forward_group = self.forward_group + first_visual
             backward_group = self.backward_group + first_visual
@@ -355,18 +356,14 @@ def fill(model, matrix_std, table_std):
     for head in ("rank", "rank2"):
         if "matching" in model.task_heads and head in model.task_heads:
             copy_rank_from_matching(state, head)
+    model.load_state_dict(state)
 
 
-@torch.no_grad()
 def copy_rank_from_matching(state, head):
     """Row 1 of the matching head scores how well a text fits a clip: start a rank head there."""
     for part in ("weight", "bias"):
         row = state[f"task_heads.matching.{part}"][1:]
-        name = f"task_heads.{head}.{part}"
-        if name in state:
-            state[name].copy_(row)
-        else:
-            state[name] = row.clone()
+        state[f"task_heads.{head}.{part}"] = row.clone()
 
 
 def load_weights(model, checkpoint, answers=()):
@@ -417,7 +414,8 @@ def top_name(name):
 
 
 def fit_rows(table, target):
-    """The rows of `table`, as many as `target` has; its last rows where there are too few."""
+    """The first rows of `table`, as many as `target` has; where there are too few, the last rows of
+    `target` itself."""
     count = min(len(table), len(target))
     return torch.cat([table[:count].to(target), target[count:]])
 
@@ -435,12 +433,12 @@ def resize_positions(pos_embed, grid):
 # ---- our checkpoints -----------------------------------------------------------------------------
 
 
-def save_checkpoint(path, model, **about):
-    """Write one self-describing file: config, task heads and weights, and what `about` adds
-    (answers, tokenizer, benchmark, ...). Raises UserError if a weight is not finite."""
+def save_checkpoint(path, model, answers, tokenizer, **about):
+    """Write one self-describing file: config, task heads, weights, the answer list, the tokenizer
+    (as JSON text), and what `about` adds. Raises UserError if a weight is not finite."""
     check_finite(path, model.state_dict())
     content = {"config": asdict(model.config), "task_heads": list(model.task_heads),
-               "model": model.state_dict(), "answers": [], "tokenizer": None, **about}
+               "model": model.state_dict(), "answers": answers, "tokenizer": tokenizer, **about}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getbuffer())
@@ -532,8 +530,7 @@ def check_tensors(path, tensors, expected):
 def check_finite(path, tensors):
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite; nothing that uses "
-                            "such weights means anything")
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
 
 
 # ---- python allinone.py --------------------------------------------------------------------------
@@ -621,12 +618,8 @@ def write_file(path, content):
 
 
 def lock_folder(folder):
-    """Hold `folder` for this process, until it ends in whatever way. Returns what must be kept.
+    """Hold `folder` until this process ends. Returns what must be kept.
     Raises UserError if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:                                     # Windows
-        return None
     file = open(os.path.join(folder, ".lock"), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

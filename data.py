@@ -623,7 +623,7 @@ class Benchmark:
     lr: float
     epochs: int = 0
     steps: int = 0                  # where the recipe counts steps
-    warmup: float = 0.1             # share of the steps; from 1 on: number of steps
+    warmup: int = 0                 # steps; 0: a tenth of them
     head_lr: float = 1              # task heads learn faster by this factor
     text_length: int = 40           # L
     frames: int = 3                 # T
@@ -765,10 +765,11 @@ class Manifest:
         if len(self) == 0:
             raise UserError(f"{self.path} has no rows")
         if "prepared" not in info:              # written by hand: find mistakes at the start
+            task = row_task(self[0])
             for i in range(len(self)):
-                if row_task(self[i]) != row_task(self[0]):
+                if row_task(self[i]) != task:
                     raise UserError(f"{self.path}, row {i + 1}: its fields are not those of row 1, "
-                                    f"which is for {row_task(self[0])}; make another folder of it")
+                                    f"which is for {task}; make another folder of it")
 
     def __len__(self):
         return len(self.offsets)
@@ -915,7 +916,7 @@ def read_answers(folder):
     answers.txt: the answers of train, the most frequent first."""
     path = os.path.join(folder, "answers.txt")
     if not os.path.exists(path):
-        return count_answers(Manifest(folder, "train"))
+        return list_train_answers(Manifest(folder, "train"))
     try:
         with open(path, encoding="utf-8-sig") as file:          # an editor may add a mark
             answers = file.read().removesuffix("\n").split("\n")
@@ -927,7 +928,7 @@ def read_answers(folder):
     return answers
 
 
-def count_answers(rows):
+def list_train_answers(rows):
     counts = Counter()
     for i in range(len(rows)):
         row = rows[i]
@@ -962,24 +963,23 @@ class Tokenizer:
         is downloaded."""
         try:
             if source.endswith(".txt"):
-                return cls(wordpiece(tokenizers.models.WordPiece.read_file(source)))
-            if source.endswith(".json"):
-                return cls(tokenizers.Tokenizer.from_file(source))
-            return cls(tokenizers.Tokenizer.from_pretrained(source))
-        except UserError:
-            raise
+                tokenizer = wordpiece(tokenizers.models.WordPiece.read_file(source))
+            elif source.endswith(".json"):
+                tokenizer = tokenizers.Tokenizer.from_file(source)
+            else:
+                tokenizer = tokenizers.Tokenizer.from_pretrained(source)
         except Exception as error:              # the library raises bare Exception
             raise UserError(f"tokenizer {source}: {error}; give a tokenizer.json, a vocab.txt or a "
                             "hub name such as bert-base-uncased") from None
+        return cls(tokenizer)
 
     @classmethod
     def from_json(cls, text):
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
-        except UserError:
-            raise
+            tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             raise UserError(f"the checkpoint's tokenizer is damaged: {error}") from None
+        return cls(tokenizer)
 
     def to_json(self):
         return self.tokenizer.to_str()
@@ -1018,7 +1018,7 @@ class Tokenizer:
             texts.append([self.cls, *before[:L - 2 - len(end)], *end, self.sep])
         return texts
 
-    def mask_words(self, text, L, rng, share):
+    def mask_words(self, text, L, rng, share=0.15):
         """Masked language modelling on whole words: a share of the words, at least one. Of their
         tokens 80 % become [MASK], 10 % a random token, 10 % stay.
         Returns (ids, labels); labels are -1 where nothing is asked."""
@@ -1069,7 +1069,6 @@ class InputSpec:
     answers: dict = field(default_factory=dict)     # answer -> class, for vqa
     views: int = 1                  # sets of frames in evaluation
     negatives: int = 0              # captions of other clips, for retrieval with --vtm
-    mask_share: float = 0.15        # of the words, in pre-training
 
 
 class VideoTextDataset(torch.utils.data.Dataset):
@@ -1098,7 +1097,8 @@ class VideoTextDataset(torch.utils.data.Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index)) if self.train else None
         errors = {}
-        for i in range(index, index + (100 if self.train else 1)):
+        tries = 100 if self.train else 1
+        for i in range(index, index + tries):
             number = i % len(self)
             row = self.rows[number]
             try:
@@ -1154,7 +1154,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         L = spec.text_length
         caption = draw(captions_of(row), rng)
         to_match = caption if rng.random() < 0.5 else self.other_caption(row, rng)
-        masked, labels = spec.tokenizer.mask_words(caption, L, rng, spec.mask_share)
+        masked, labels = spec.tokenizer.mask_words(caption, L, rng)
         texts = [spec.tokenizer.encode(to_match, L), masked, spec.tokenizer.encode(caption, L)]
         return {"texts": texts, "target": int(to_match in captions_of(row)), "labels": labels}
 
@@ -1257,14 +1257,14 @@ def collate(items, pad):
     L = max(len(ids) for item in items for ids in item["texts"])
     input_ids = torch.full((len(items), A, L), pad)
     attention_mask = torch.zeros(len(items), A, L, dtype=torch.bool)
-    labels = torch.full((len(items), L), -1)
     for b, item in enumerate(items):
         for a, ids in enumerate(item["texts"]):
             input_ids[b, a, :len(ids)] = torch.tensor(ids)
             attention_mask[b, a, :len(ids)] = True
-        if "labels" in item:
-            labels[b, :len(item["labels"])] = torch.tensor(item["labels"])
     if "labels" in items[0]:                    # positions, as a GPU would have to wait to find them
+        labels = torch.full((len(items), L), -1)
+        for b, item in enumerate(items):
+            labels[b, :len(item["labels"])] = torch.tensor(item["labels"])
         batch["masked"] = (labels.flatten() >= 0).nonzero()[:, 0]
         batch["labels"] = labels.flatten()[batch["masked"]]
     if A == 1:
@@ -1342,7 +1342,7 @@ def main():
         except VideoError as error:
             print(printable(error))
             continue
-        times = seen[0]
+        times = seen[-1]
         picked = frame_indices(len(times), 3, "eval")
         seconds = ", ".join(f"{times[i]:.2f}" for i in picked)
         print(f"{printable(path)}: {len(times)} frames of {frames.shape[3]} x {frames.shape[2]}, "

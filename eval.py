@@ -15,13 +15,14 @@ import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from allinone import (UserError, build_model, load_checkpoint, print0, printable, process_rank,
+                      progress, run_main, write_file)     # first: it prepares the import of torch
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from allinone import (UserError, build_model, load_checkpoint, print0, printable, process_rank,
-                      progress, run_main, write_file)
 from data import (BENCHMARKS, InputSpec, Manifest, Tokenizer, VideoTextDataset, benchmark_of,
                   check_shared_memory, collate, frame_indices, has_split, make_loader,
                   manifest_info, read_answers, read_frames)
@@ -66,7 +67,7 @@ def answer_scores(model, batch):
 
 def option_scores(model, batch, heads):
     """(B, A) over the options. heads: that of the benchmark, and VCR's second for QA->R."""
-    B, A, L = batch["input_ids"].shape
+    B, A, _ = batch["input_ids"].shape
     video = model.embed_frames(batch["frames"]).repeat_interleave(A, dim=0)     # (B*A, T, N, D)
     out = model.fuse(video, batch["input_ids"].flatten(0, 1),
                      batch["attention_mask"].flatten(0, 1), queries=1)
@@ -118,6 +119,8 @@ def embeddings(model, batch):
 
 
 # ---- a whole split -------------------------------------------------------------------------------
+
+TOP = 5             # predictions kept for a row
 
 
 @dataclass(frozen=True)
@@ -238,18 +241,15 @@ def evaluate_answers(model, dataset, benchmark, answers, loading, zero_shot):
     for n, i in enumerate(results["index"].tolist()):
         choices = results["choices"][n].int().tolist()
         add_prediction(records[i], choices, results["shares"][n].tolist())
-    listed = set(answers)
     metrics = {"accuracy": percent(r["correct"] for r in records)}
     if benchmark.task == "vqa":
+        listed = set(answers)
         known = [r["correct"] for r in records if r["truth"] in listed]
         metrics["accuracy of known answers (as released)"] = percent(known)
         metrics["ceiling of the answer list"] = 100 * len(known) / len(records)
     if benchmark.task == "vcr":
         metrics = {**vcr_metrics(records), **metrics}
     return metrics, records
-
-
-TOP = 5                                         # predictions kept for a row
 
 
 def answer_record(row, answers):
@@ -365,37 +365,46 @@ def baselines(records, folder, task, answers):
     ceilings = manifest_info(folder).get("order_blind", {})
     counts = {}
     if task in ("vqa", "action") and has_split(folder, "train"):
-        counts = count_answers(Manifest(folder, "train"), answers)
+        counts = count_by_type(Manifest(folder, "train"), answers)
     groups = defaultdict(list)
     for record in records:
-        kind = record["question_type"]
-        known = counts.get(kind) or counts.get("all") or Counter(answers)
-        groups[kind].append({
-            "accuracy": record["correct"],
-            "chance": 1 / (record["options"] or len(known)),
-            "majority": record["truth"] == known.most_common(1)[0][0] if known else False,
-            "order-blind": ceilings.get(kind, 1.0)})
-    groups = dict(sorted(groups.items(), key=lambda item: -len(item[1])))
-    groups["all"] = [row for rows in groups.values() for row in rows]
+        groups[record["question_type"]].append(record)
     table = []
-    for name, rows in groups.items():
-        line = {"type": name, "questions": len(rows)}
-        for figure in ("accuracy", "chance", "majority", "order-blind"):
-            line[figure] = percent(row[figure] for row in rows)
-        line["majority"] = line["majority"] if counts else None
-        line["order-blind"] = line["order-blind"] if ceilings else None
-        table.append(line)
-    return table if len(table) > 2 else table[-1:]
+    everything = []
+    for kind, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        known = counts.get(kind) or counts.get(None) or Counter(answers)
+        usual = max(known, key=known.get, default=None)
+        rows = []
+        for record in group:
+            rows.append({"accuracy": record["correct"],
+                         "chance": 1 / (record["options"] or len(known)),
+                         "majority": record["truth"] == usual,
+                         "order-blind": ceilings.get(kind, 1.0)})
+        table.append(table_line(kind, rows, counts, ceilings))
+        everything += rows
+    total = table_line("all", everything, counts, ceilings)
+    return [*table, total] if len(table) > 1 else [total]
 
 
-def count_answers(rows, answers):
-    """{question type, and "all": Counter of the training answers}."""
+def table_line(name, rows, counts, ceilings):
+    line = {"type": name, "questions": len(rows)}
+    for figure in ("accuracy", "chance", "majority", "order-blind"):
+        line[figure] = percent(row[figure] for row in rows)
+    if not counts:
+        line["majority"] = None
+    if not ceilings:
+        line["order-blind"] = None
+    return line
+
+
+def count_by_type(rows, answers):
+    """{question type, None for all: Counter of the training answers}"""
     counts = defaultdict(Counter)
     for i in range(len(rows)):
         row = rows[i]
         answer = answers[row["label"]] if "label" in row else row["answer"]
         counts[row.get("question_type", "")][answer] += 1
-        counts["all"][answer] += 1
+        counts[None][answer] += 1
     return counts
 
 
@@ -407,10 +416,10 @@ def format_metrics(metrics):
     return ", ".join(parts)
 
 
-def format_table(table, most=9):
-    """The lines of baselines()."""
+def format_table(table):
+    """The lines of baselines(), of the nine most frequent types."""
     lines = ["question type    questions  accuracy  chance  majority  order-blind"]
-    for row in [*table[:-1][:most], table[-1]]:
+    for row in [*table[:-1][:9], table[-1]]:
         cells = []
         for name, width in (("chance", 7), ("majority", 9), ("order-blind", 12)):
             text = "-" if row[name] is None else f"{row[name]:.1f}"
@@ -461,7 +470,7 @@ def join_processes(device):
 
 def input_spec(benchmark, config, tokenizer, answers, **more):
     """How rows of a benchmark become inputs of a model with this config."""
-    frames = min(config.frames, benchmark.frames) if benchmark.frames == 1 else config.frames
+    frames = 1 if benchmark.frames == 1 else config.frames
     classes = {answer: n for n, answer in enumerate(answers)}
     return InputSpec(benchmark.task, tokenizer, config.text_length, frames, config.image,
                      benchmark.option_format, classes, **more)
@@ -470,14 +479,16 @@ def input_spec(benchmark, config, tokenizer, answers, **more):
 def evaluate_folder(model, checkpoint, folder, split, loading):
     """Evaluate a checkpoint on one folder and print the figures.
     Returns (metrics, table, records) of evaluate() and baselines()."""
-    name, benchmark = benchmark_of(folder)
+    trained_on = folder in checkpoint.get("data", [])
+    name, benchmark = benchmark_of(folder, checkpoint["task"] if trained_on else None)
     answers = checkpoint["answers"]
     heads = set(benchmark.heads)
     zero_shot = False
-    if benchmark.task == "action" and read_answers(folder) != answers:
-        answers = read_answers(folder)          # the answer head, if any, is for other classes
-        heads = {"rank"}
-        zero_shot = True
+    if benchmark.task == "action":
+        classes = read_answers(folder)
+        zero_shot = classes != answers          # the answer head, if any, is for other classes
+        answers = classes
+        heads = {"rank"} if zero_shot else heads
     check_heads(model, checkpoint, folder, heads)
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     spec = input_spec(benchmark, model.config, tokenizer, answers, views=benchmark.views)
@@ -513,7 +524,7 @@ def ask(model, checkpoint, path, question, options, captions):
 
     def pick(times):
         numbers = frame_indices(len(times), model.config.frames, "eval")
-        seen.extend(times[number] for number in numbers)
+        seen[:] = times[numbers]                # read_frames may ask twice
         return numbers
 
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
@@ -537,7 +548,7 @@ def ask(model, checkpoint, path, question, options, captions):
         else:
             shares = answer_scores(model, batch).softmax(-1)[0]
     if not torch.isfinite(shares).all():
-        raise UserError(f"the answer is not finite; {checkpoint['path']} is of no use")
+        raise UserError(f"the answer is not finite; {checkpoint['path']} holds bad weights")
     names = captions or options or checkpoint["answers"]
     best = shares.topk(len(names) if captions or options else min(TOP, len(names)))
     unit = "pictures" if os.path.isdir(path) else "seconds"
@@ -600,8 +611,9 @@ def main():
     model, checkpoint = open_checkpoint(args.checkpoint)
     model.to(device)
     if args.video:
-        if not (args.ask or args.options or args.caption) or len(args.options) == 1:
-            raise UserError("--video needs --ask TEXT, --options with two texts or more, or "
+        asks = bool(args.ask or args.options)
+        if asks == bool(args.caption) or len(args.options) == 1:
+            raise UserError("--video needs --ask TEXT or --options with two texts or more, or else "
                             "--caption TEXT")
         lines = ask(model, checkpoint, args.video, args.ask, args.options, args.caption)
         return print("\n".join(lines))
@@ -623,7 +635,7 @@ def main():
 
 def check_positive(args, *names):
     for name in names:
-        value = getattr(args, name.replace("-", "_"))
+        value = getattr(args, name)
         if value is not None and not 0 < value < 10 ** 9:
             raise UserError(f"--{name} {value}: must be above 0 and below a billion")
 

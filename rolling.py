@@ -9,15 +9,13 @@ computed: rolling is a permutation of tokens.
 
 Axes: B clips, T frames, N visual tokens per frame (CLS first), D width.
 """
-import sys
-
 import torch
 
 
 def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
     """Choose the tokens that roll, in frames of rows x cols patches.
 
-    fraction   share of the tokens that move, half of it each way: 0, or 2 / (an even number)
+    fraction   share of the patches that move, half of it each way: 0, or 1 / (a whole number)
     layout     "spread": a lattice over the picture; "block": the first and the last tokens;
                "none": no token moves
     Returns (forward, backward): two int64 tensors of token numbers. Token 0 is CLS and never moves;
@@ -33,12 +31,12 @@ def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
     empty = torch.empty(0, dtype=torch.long)
     if layout == "none" or fraction == 0:
         return empty, empty
-    period = round(2 / fraction)
-    if period < 2 or period % 2 or abs(period * fraction - 2) > 1e-9:
-        raise ValueError(f"fraction {fraction} is not 0 or 2 / (an even number); "
+    period = 2 * round(1 / fraction)
+    if fraction < 0 or abs(period * fraction - 2) > 1e-9:
+        raise ValueError(f"fraction {fraction} is not 0 or 1 / (a whole number); "
                          "choose 0, 1/8, 1/4, 1/2 or 1")
     N = 1 + rows * cols
-    count = min(N // period, (N - 1) // 2)      # fraction 1 and an odd number of patches: one stays
+    count = (N - 1) // period
     if count == 0:
         return empty, empty
     if layout == "block":
@@ -71,7 +69,7 @@ def roll_tokens(x, forward, backward):
 
 
 def roll_loop(x, forward, backward):
-    """The definition of roll_tokens, one token at a time. Slow; for checking."""
+    """The same as roll_tokens, one token at a time: the definition. Slow; for checking."""
     check_groups(x, forward, backward)
     B, T, N, D = x.shape
     out = x.clone()
@@ -97,7 +95,7 @@ def check_groups(x, forward, backward):
                          f"allowed are 1 to N - 1 = {x.shape[2] - 1}")
 
 
-def picture(layout, T=3, side=12, color=False):
+def picture(layout, T=3, side=12):
     """Text: T frames of side x side patches after one roll; each cell names the frame that its
     token came from."""
     frame_of = torch.arange(T).view(1, T, 1, 1).expand(1, T, 1 + side * side, 1)
@@ -105,22 +103,16 @@ def picture(layout, T=3, side=12, color=False):
     cells = rolled[0, :, 1:, 0].view(T, side, side)
     lines = [f"{layout}: each cell is the frame its token came from"]
     for row in range(side):
-        parts = []
+        frames = []
         for t in range(T):
-            parts.append("".join(cell_text(f, color) for f in cells[t, row].tolist()))
-        lines.append("  ".join(parts))
+            frames.append(" ".join(str(frame) for frame in cells[t, row].tolist()))
+        lines.append("   ".join(frames))
     return "\n".join(lines)
-
-
-def cell_text(frame, color):
-    if color:
-        return f"\033[4{6 - frame};30m{frame} \033[0m"
-    return f"{frame} "
 
 
 def main():
     for layout in ("block", "spread"):
-        print(picture(layout, color=sys.stdout.isatty()), end="\n\n")
+        print(picture(layout), end="\n\n")
     torch.manual_seed(0)
     for trial in range(50):
         rows, cols, B, T, D = torch.randint(1, 6, (5,)).tolist()

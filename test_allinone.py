@@ -225,7 +225,7 @@ def test_allinone_script_prints_the_sizes(monkeypatch, capsys):
     ("image", 225, "image 225 is no multiple of patch 16"),
     ("roll", 7, "roll is 7, not str"),
     ("roll", "x", "layout 'x' is unknown; choose spread, block or none"),
-    ("fraction", 0.3, "fraction 0.3 is not 0 or 2 / "),
+    ("fraction", 0.3, "fraction 0.3 is not 0 or 1 / "),
     ("dropout", float("nan"), "dropout nan is not from 0 to 0.9")])
 def test_config_refuses_values_that_no_model_can_have(field, value, line):
     with pytest.raises(UserError, match=f"^config: {line}"):
@@ -587,7 +587,7 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(path):
     model = AllInOne(TINY, ("answer",))
     model.norm.bias.data[3] = torch.nan
     with pytest.raises(UserError, match="norm.bias holds numbers that are not finite"):
-        save_checkpoint(path, model)
+        save_checkpoint(path, model, [], "{}")
     assert path.read_text() == "the file before"
     write_content(path, model=model.state_dict())
     assert_refused(path, "norm.bias holds numbers that are not finite")
@@ -1470,7 +1470,7 @@ def one_line(cause):
 
 # ---- data: the benchmarks ------------------------------------------------------------------------
 
-USUAL = ("epochs=0 steps=0 head_lr=1 warmup=0.1 text_length=40 frames=3 views=1 "
+USUAL = ("epochs=0 steps=0 head_lr=1 warmup=0 text_length=40 frames=3 views=1 "
          "option_format=options")
 
 
@@ -2949,7 +2949,7 @@ def test_training_goes_on_without_a_few_clips(run, toy):
     assert sorted(line.split("\t")[0] for line in lines) == ["0", "20"]
     assert sorted(load_checkpoint("run/last.pt")["bad"]) == ["0", "20"]
     run("train.py --data many --steps 10 --out run2",
-        error="training clips cannot be read, more than 1 %; run2/bad.txt lists them")
+        error="training clips cannot be read, the limit is 10; run2/bad.txt lists them")
 
 
 def test_missing_validation_clips_count_as_wrong_in_training(run, toy):
@@ -3018,7 +3018,7 @@ def become_folder(path):
 
 
 def no_run(path):
-    save_checkpoint(path, small_model(), tokenizer="")
+    save_checkpoint(path, small_model(), [], "")
 
 
 @pytest.mark.parametrize("name, damage", [
@@ -3169,7 +3169,7 @@ MISTAKES = {
     "--data qa --seed 18446744073709551616": "--seed 18446744073709551616",
     "--data qa --set x=1": "--set x=1: give NAME=VALUE, NAME out of fraction, time",
     "--data qa --set time=maybe": "--set time=maybe: time takes 0 or 1",
-    "--data qa --set fraction=0.3": "fraction 0.3 is not 0 or 2 / (an even number)",
+    "--data qa --set fraction=0.3": "fraction 0.3 is not 0 or 1 / (a whole number)",
     "--data qa --init nowhere": "nowhere cannot be read: No such file or directory",
     "--data qa --out a\0b": "--out 'a\\x00b'",
     "--data qa --compile": "--compile needs a C compiler, and none is installed",
@@ -3194,3 +3194,14 @@ def test_quickstart(run, monkeypatch):
     train.main()
     assert Path("data/toy/msrvtt-qa/train.jsonl").exists()
     assert "msrvtt-qa, test, 12 rows" in run("eval.py runs/msrvtt-qa-toy-spread-s0")
+
+
+# ---- docs ----------------------------------------------------------------------------------------
+
+
+def test_map_leads_to_lines_that_hold_the_names():
+    text = (HERE / "docs" / "map.md").read_text()
+    places = re.findall(r"\[`(\w+\.py):(\d+)`\]\(\.\./\1#L\2\) `(.+?)`", text)
+    assert len(places) > 20
+    for file, line, name in places:
+        assert name in (HERE / file).read_text().splitlines()[int(line) - 1], (file, line, name)

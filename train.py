@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from allinone import (SIZES, AllInOne, Config, UserError, count_parameters, init_narrow,
                       load_checkpoint, load_weights, lock_folder, print0, process_rank, progress,
-                      run_main, save_checkpoint, write_file)
+                      run_main, save_checkpoint, write_file)    # first: it prepares torch
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ def retrieval_losses(model, batch, vtm):
         return {"contrast": contrastive_loss(*embeddings(model, batch))}
     caption = {"frames": batch["frames"], "input_ids": batch["input_ids"][:, 0],
                "attention_mask": batch["attention_mask"][:, 0]}
-    B, A, L = batch["input_ids"].shape
+    B, A, _ = batch["input_ids"].shape
     video = model.embed_frames(batch["frames"]).repeat_interleave(A, dim=0)
     out = model.fuse(video, batch["input_ids"].flatten(0, 1),
                      batch["attention_mask"].flatten(0, 1), queries=1)
@@ -290,18 +290,22 @@ def make_recipe(args, data):
     pieces = args.accum * process_rank()[1]
     lengths = [len(part) for part in data.train.parts]
     batch = min(args.batch or usual, min(lengths) // pieces * pieces)
+    if batch == 0:
+        raise UserError(f"{min(lengths)} rows are too few for {pieces} processes x --accum")
+    if batch % pieces:
+        raise UserError(f"--batch {batch} must be a multiple of {pieces}, processes x --accum")
     if batch < (args.batch or usual):
         print0(f"batch cut to {batch}: the smallest data set has {min(lengths)} rows")
-    if batch == 0 or batch % pieces:
-        raise UserError(f"--batch {batch} must be a multiple of {pieces}, processes x --accum")
     epoch = sum(length // batch for length in lengths)
     steps = benchmark.steps or benchmark.epochs * epoch
-    if data.toy:                                # which-way learns sooner
+    if data.toy:                                # its manifests may ask for fewer clips
         steps = manifest_info(data.folders[0]).get("toy_clips", clips) // batch
     steps = args.steps or max(1, steps)
-    warmup = benchmark.warmup if benchmark.warmup >= 1 and not data.toy else 0.1 * steps
+    warmup = benchmark.warmup
+    if data.toy or warmup == 0:
+        warmup = round(0.1 * steps)
     head_lr = 1 if data.toy else benchmark.head_lr
-    recipe = Recipe(batch, args.lr or lr, head_lr, steps, round(warmup), epoch)
+    recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup, epoch)
     print0(f"recipe: batch {batch}, {steps} steps of which {epoch} are an epoch, lr {recipe.lr:g} "
            f"(task heads x {head_lr:g}), warm-up {recipe.warmup} steps")
     if args.batch and batch < usual:
@@ -338,7 +342,7 @@ def make_optimizer(model, recipe):
 class RunFolder:
     """The files of a run: config.json (what must stay equal), metrics.jsonl (the log), last.pt (to
     resume from), best.pt (best on validation), bad.txt (clips left out), test.json. Only the first
-    process writes, but for bad.txt."""
+    process writes, except bad.txt."""
 
     def __init__(self, folder, settings, resume):
         """Make the folder, or find it with the same settings. self.last is its last checkpoint."""
@@ -365,9 +369,9 @@ class RunFolder:
             self.check_settings(settings)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            self.lock = lock_folder(self.folder)            # held as long as this process lives
         except (OSError, ValueError) as error:
             raise UserError(f"--out {self.folder!r}: {error}; choose another folder") from None
+        self.lock = lock_folder(self.folder)                # held as long as this process lives
         if not resume:
             write_file(config, json.dumps(settings, indent=1))
 
@@ -413,7 +417,7 @@ class RunFolder:
         logged = os.path.getsize(self.path("metrics.jsonl"))
         save_checkpoint(self.path(name), model, logged=logged, answers=data.answers,
                         tokenizer=data.tokenizer.to_json(), name="+".join(data.names),
-                        data=data.folders, **about)
+                        data=data.folders, task=data.benchmark.task, **about)
 
     def restore(self, model, optimizer):
         """Fill both from the last checkpoint."""
@@ -480,7 +484,7 @@ class StopSignal:
 
 
 class BadClips:
-    """Training goes on without a few clips, but not in silence."""
+    """Training goes on without a few clips: 1 %, or 10. Each is written to bad.txt."""
 
     def __init__(self, run, rows):
         self.run = run
@@ -493,8 +497,9 @@ class BadClips:
                 self.seen.add(name)
                 self.run.append("bad.txt", f"{name}\t{cause}")
         if len(self.seen) > self.limit or "frames" not in batch:
-            raise UserError(f"{len(self.seen)} training clips cannot be read, more than 1 %; "
-                            f"{self.run.path('bad.txt')} lists them; prepare the data again")
+            raise UserError(f"{len(self.seen)} training clips cannot be read, the limit is "
+                            f"{self.limit}; {self.run.path('bad.txt')} lists them; prepare the "
+                            "data again")
 
 
 def train_step(losses, optimizer, micro_batches, world, amp):
@@ -663,7 +668,7 @@ def test(run, data, args, device):
         if not has_split(folder, "test") and not has_split(folder, "val"):
             continue
         metrics, table, _ = evaluate_folder(model, checkpoint, folder, None, loading)
-        figures[name] = {"metrics": metrics, "table": table}
+        figures[name if name not in figures else folder] = {"metrics": metrics, "table": table}
     if process_rank()[0] == 0:
         write_file(run.path("test.json"), json.dumps(figures, indent=1, allow_nan=False))
 
