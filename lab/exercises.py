@@ -48,7 +48,7 @@ def roll_groups(rows, cols, fraction, layout):
 
     Token 0 is CLS and never rolls. The patch in row r and column c is token 1 + r * cols + c.
     There are N = 1 + rows * cols tokens, and period = round(2 / fraction). Only
-    count = N // period tokens roll each way. If count is 0, both groups are empty.
+    count = (N - 1) // period patches roll each way. If count is 0, both groups are empty.
     layout   "block": forward are the first `count` patches, backward the last `count`
              "spread": forward are the patches with (c + 3 * r) % period == 0, backward those
              with (c + 3 * r) % period == period // 2

@@ -21,7 +21,7 @@ def roll_gradient(grad, forward, backward):
 def roll_groups(rows, cols, fraction, layout):
     N = 1 + rows * cols
     period = round(2 / fraction)
-    count = N // period
+    count = (N - 1) // period
     if count == 0 or layout == "block":
         forward = torch.arange(1, 1 + count)
         backward = torch.arange(N - count, N)
