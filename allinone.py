@@ -599,7 +599,7 @@ def printable(text):
 
 
 def write_file(path, content):
-    """Write a whole file or leave the one before: beside, flush to the disk, rename.
+    """Write a whole file or leave the old one: write a second file, flush it to the disk, rename.
     content: str or bytes. Raises UserError if the disk refuses."""
     if isinstance(content, str):
         content = content.encode()

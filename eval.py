@@ -65,15 +65,21 @@ def answer_scores(model, batch):
     return model.task_heads["answer"](out.pooled)
 
 
+def read_texts(model, batch, queries=1):
+    """Read every clip with each of its A texts, input_ids (B, A, L). -> Output with B * A rows."""
+    ids = batch["input_ids"]
+    mask = batch["attention_mask"]
+    video = model.embed_frames(batch["frames"]).repeat_interleave(ids.shape[1], dim=0)
+    return model.fuse(video, ids.flatten(0, 1), mask.flatten(0, 1), queries)
+
+
 def option_scores(model, batch, heads):
     """(B, A) over the options. heads: that of the benchmark, and VCR's second for QA->R."""
+    pooled = read_texts(model, batch).pooled
     B, A, _ = batch["input_ids"].shape
-    video = model.embed_frames(batch["frames"]).repeat_interleave(A, dim=0)     # (B*A, T, N, D)
-    out = model.fuse(video, batch["input_ids"].flatten(0, 1),
-                     batch["attention_mask"].flatten(0, 1), queries=1)
-    scores = text_score(model, out.pooled, heads[0]).view(B, A)
+    scores = text_score(model, pooled, heads[0]).view(B, A)
     if len(heads) == 2:
-        second = text_score(model, out.pooled, heads[1]).view(B, A)
+        second = text_score(model, pooled, heads[1]).view(B, A)
         scores = torch.where(batch["second"][:, None], second, scores)
     absent = ~batch["attention_mask"].any(dim=-1)           # rows with fewer options
     return scores.masked_fill(absent, -torch.inf)
@@ -87,13 +93,16 @@ def text_score(model, pooled, head):
     return model.task_heads["matching"](pooled)[:, 1]
 
 
-def match_probabilities(model, batch):
-    """(A,) how likely each of the texts belongs to the one clip."""
-    input_ids = batch["input_ids"].flatten(0, -2)
-    attention_mask = batch["attention_mask"].flatten(0, -2)
-    video = model.embed_frames(batch["frames"]).expand(len(input_ids), -1, -1, -1)
-    out = model.fuse(video, input_ids, attention_mask, queries=1)
-    return model.task_heads["matching"](out.pooled).softmax(-1)[:, 1]
+def pretrain_scores(model, batch):
+    """(match (B, 2), words (M, V)): does the first text belong to the clip; what are the M masked
+    words of the second? Both are read as one batch, so that the frames are embedded once."""
+    B, _, L = batch["input_ids"].shape
+    two = {"frames": batch["frames"], "input_ids": batch["input_ids"][:, :2],
+           "attention_mask": batch["attention_mask"][:, :2]}
+    out = read_texts(model, two, queries=L)                 # rows: to match, masked, to match, ...
+    text = out.text[1::2].flatten(0, 1)                     # (B*L, D)
+    words = model.task_heads["mlm"](text[batch["masked"]])  # only where a word is masked
+    return model.task_heads["matching"](out.pooled[::2]), words
 
 
 def class_scores(model, batch, texts):
@@ -330,17 +339,11 @@ def evaluate_retrieval(model, dataset, loading):
 def evaluate_pretrain(model, dataset, loading):
     """Is the match judged rightly, and are the masked words filled in rightly?"""
     def step(model, batch):
-        video = model.embed_frames(batch["frames"])
-        ids = batch["input_ids"]
-        mask = batch["attention_mask"]
-        matched = model.fuse(video, ids[:, 0], mask[:, 0], queries=1).pooled
-        scores = model.task_heads["matching"](matched)          # predict() refuses NaN among them
+        scores, words = pretrain_scores(model, batch)       # predict() refuses scores that are NaN
         match = scores.argmax(-1) == batch["target"]
-        B, _, L = ids.shape
-        text = model.fuse(video, ids[:, 1], mask[:, 1], queries=L).text.flatten(0, 1)
-        words = model.task_heads["mlm"](text[batch["masked"]]).argmax(-1)
+        B, _, L = batch["input_ids"].shape
         row = batch["masked"] // L
-        right = torch.bincount(row[words == batch["labels"]], minlength=B)
+        right = torch.bincount(row[words.argmax(-1) == batch["labels"]], minlength=B)
         asked = torch.bincount(row, minlength=B)
         return {"scores": scores, "match": match, "right": right, "asked": asked}
 
@@ -541,7 +544,10 @@ def ask(model, checkpoint, path, question, options, captions):
                         f"{', '.join(model.task_heads)}")
     with torch.inference_mode():
         if captions:
-            shares = match_probabilities(model, batch)
+            batch["input_ids"] = batch["input_ids"].view(1, len(captions), -1)
+            batch["attention_mask"] = batch["attention_mask"].view(1, len(captions), -1)
+            pooled = read_texts(model, batch).pooled
+            shares = model.task_heads["matching"](pooled).softmax(-1)[:, 1]
         elif options:
             head = "mc" if "mc" in model.task_heads else "rank"
             shares = option_scores(model, batch, (head,)).softmax(-1)[0]

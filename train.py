@@ -35,7 +35,8 @@ from data import (BatchSampler, MixedDataset, Tokenizer, VideoTextDataset, bench
                   check_shared_memory, has_split, make_loader, manifest_info, read_answers)
 from eval import (Loading, answer_scores, check_positive, check_workers, default_workers, embeddings,
                   evaluate, evaluate_folder, format_metrics, input_spec, join_processes,
-                  open_checkpoint, option_scores, pick_device, to_device)
+                  open_checkpoint, option_scores, pick_device, pretrain_scores, read_texts,
+                  to_device)
 
 # ---- losses --------------------------------------------------------------------------------------
 
@@ -111,11 +112,9 @@ def retrieval_losses(model, batch, vtm):
     caption = {"frames": batch["frames"], "input_ids": batch["input_ids"][:, 0],
                "attention_mask": batch["attention_mask"][:, 0]}
     B, A, _ = batch["input_ids"].shape
-    video = model.embed_frames(batch["frames"]).repeat_interleave(A, dim=0)
-    out = model.fuse(video, batch["input_ids"].flatten(0, 1),
-                     batch["attention_mask"].flatten(0, 1), queries=1)
-    scores = model.task_heads["rank"](out.pooled).view(B, A)
-    match = model.task_heads["matching"](out.pooled).view(B, A, 2)[:, :2].flatten(0, 1)
+    pooled = read_texts(model, batch).pooled
+    scores = model.task_heads["rank"](pooled).view(B, A)
+    match = model.task_heads["matching"](pooled).view(B, A, 2)[:, :2].flatten(0, 1)
     is_own = torch.tensor([1, 0], device=match.device).repeat(B)
     return {"contrast": contrastive_loss(*embeddings(model, caption)),
             "rank": cross_entropy(scores, batch["target"]),
@@ -123,16 +122,8 @@ def retrieval_losses(model, batch, vtm):
 
 
 def pretrain_losses(model, batch, contrast):
-    """Matching and masked words. Both texts of a clip are read as one batch, so that the frames
-    are embedded once."""
-    B, _, L = batch["input_ids"].shape
-    ids = batch["input_ids"][:, :2].flatten(0, 1)           # to match, masked, to match, ...
-    mask = batch["attention_mask"][:, :2].flatten(0, 1)
-    video = model.embed_frames(batch["frames"]).repeat_interleave(2, dim=0)
-    out = model.fuse(video, ids, mask, queries=L)
-    match = model.task_heads["matching"](out.pooled[::2])
-    text = out.text[1::2].flatten(0, 1)                     # (B*L, D)
-    words = model.task_heads["mlm"](text[batch["masked"]])  # only where a word is masked
+    """Matching and masked words."""
+    match, words = pretrain_scores(model, batch)
     losses = {"matching": cross_entropy(match, batch["target"]),
               "mlm": cross_entropy(words, batch["labels"])}
     if contrast:

@@ -1,9 +1,9 @@
 """Measure speed and memory: the model, the data, the loader, the frame sampler.
 
-    python tools/bench.py model             the model beside plain code and transformers' ViltModel
+    python tools/bench.py model             the model against plain code and transformers' ViltModel
     python tools/bench.py data              manifests of millions of rows (Linux)
     python tools/bench.py loader            does reading clips keep up with training?
-    python tools/bench.py video FILE...     the frame sampler beside other decoders
+    python tools/bench.py video FILE...     the frame sampler against other decoders
 
 All ratios come from one run on one machine: the methods take turns, in a new random order in every
 round, and the figures are medians. Packages that are not installed are left out.

@@ -1,4 +1,4 @@
-"""Tests of what stands beside the core: prepare, toy, weights, report, search, plots, bench, lab."""
+"""Tests of the tools and the lab: prepare, toy, weights, report, search, plots, bench, lab."""
 import base64
 import hashlib
 import io
