@@ -504,7 +504,8 @@ def read_torch_file(path):
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:                              # a broken file can fail in any way
         damaged = type(error).__name__
-    raise UserError(f"{path} is damaged or not a checkpoint ({printable(damaged)}); copy it again")
+    raise UserError(f"{path} is not a checkpoint, or is damaged ({printable(damaged)}); copy it "
+                    "again")
 
 
 def check_tensors(path, tensors, expected):

@@ -497,6 +497,8 @@ def evaluate_folder(model, checkpoint, folder, split, loading):
     spec = input_spec(benchmark, model.config, tokenizer, answers, views=benchmark.views)
     if split is None:
         split = "test" if has_split(folder, "test") else "val"
+    if not has_split(folder, split):
+        raise UserError(f"{folder} has no {split}.jsonl; choose another --split")
     dataset = VideoTextDataset(folder, split, spec)
     metrics, records = evaluate(model, dataset, benchmark, answers, loading, zero_shot)
     print0(f"{name}, {split}, {len(dataset)} rows: {format_metrics(metrics)}")
@@ -538,10 +540,13 @@ def ask(model, checkpoint, path, question, options, captions):
         texts = tokenizer.encode_options(question, options, "options", L)
     item = {"index": 0, "frames": frames, "texts": texts, "target": 0, "errors": {}}
     batch = to_device(collate([item], tokenizer.pad), next(model.parameters()).device)
-    needed = "answer" if not options and not captions else "matching"
-    if needed not in model.task_heads and not (options and {"mc", "rank"} & set(model.task_heads)):
-        raise UserError(f"{checkpoint['path']} has no {needed} head; it holds "
-                        f"{', '.join(model.task_heads)}")
+    usable = {"answer"}
+    if captions or options:
+        usable = {"matching"} if captions else {"mc", "rank", "matching"}
+    if not usable & set(model.task_heads):
+        raise UserError(f"this needs a head {' or '.join(sorted(usable))}; {checkpoint['path']} "
+                        f"has {', '.join(model.task_heads)} (answer: a run of --task vqa; mc: "
+                        "choice; matching: pretrain)")
     with torch.inference_mode():
         if captions:
             batch["input_ids"] = batch["input_ids"].view(1, len(captions), -1)
@@ -597,6 +602,9 @@ def default_workers():
 def open_checkpoint(path):
     """A checkpoint file, or best.pt of a run folder: (model, checkpoint)."""
     if os.path.isdir(path):
+        if not os.path.exists(os.path.join(path, "best.pt")):
+            raise UserError(f"{path} is no run folder: it holds no best.pt; train one with: python "
+                            "train.py --task vqa")
         path = os.path.join(path, "best.pt")
     checkpoint = load_checkpoint(path)
     checkpoint.setdefault("name", os.path.basename(path))
@@ -616,6 +624,8 @@ def main():
     join_processes(device)
     model, checkpoint = open_checkpoint(args.checkpoint)
     model.to(device)
+    if not args.video and (args.ask or args.options or args.caption):
+        raise UserError("--ask, --options and --caption need --video FILE")
     if args.video:
         asks = bool(args.ask or args.options)
         if asks == bool(args.caption) or len(args.options) == 1:

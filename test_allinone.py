@@ -2549,7 +2549,7 @@ def test_a_question_about_your_own_video(run, toy):
     shares = [float(line.split("%")[0]) for line in answers]
     assert len(shares) == 5 and shares == sorted(shares, reverse=True)
     assert about == "(trained on msrvtt-qa: 20 answers, 187 word pieces)"
-    run(f"eval.py run --video {clip} --caption ring", error="run/best.pt has no matching head")
+    run(f"eval.py run --video {clip} --caption ring", error="run/best.pt has answer")
 
 
 def test_options_and_captions_for_your_own_folder_of_pictures(run, toy):

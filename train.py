@@ -535,7 +535,7 @@ def chance_losses(data, pairs):
     """The loss of a guess, in nats: a loss that stays there has learnt nothing.
     pairs: the clips of one micro-batch, which contrast tells apart."""
     row = data.train.parts[0].rows[0]
-    options = len(row.get("options", ())) or max(2, len(data.answers))
+    options = len(row.get("options", ())) or max(1, len(data.answers))
     return {data.benchmark.task: math.log(options), "mlm": math.log(data.config.vocab),
             "matching": math.log(2) * (0.5 if data.vtm else 1), "contrast": 2 * math.log(pairs),
             "rank": math.log(1 + data.benchmark.negatives)}
@@ -592,7 +592,8 @@ def loop(args, data, recipe, model, optimizer, run, device):
         if ends:
             metrics = validate(model, data, loading)
             score = metrics.get(data.benchmark.metric, step)    # without val the last is the best
-            print0(f"validation at step {step}: {format_metrics(metrics) or 'no val.jsonl'}")
+            if metrics:
+                print0(f"validation at step {step}: {format_metrics(metrics)}")
             run.log({"step": step, "val": metrics})
             if score > best:
                 best = score

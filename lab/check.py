@@ -74,9 +74,15 @@ def frame_indices():
     for mode in ("eval", "train"):
         for num_frames, T in ((17, 4), (101, 8), (3, 8), (1, 2)):
             expected = data.frame_indices(num_frames, T, mode, np.random.default_rng(0))
+            middles = np.arange(T) + 0.5
             yield (num_frames, T, mode, np.random.default_rng(0)), expected, "T", {
                 "these are the starts of the segments":
                     [segment * num_frames // T for segment in range(T)],
+                "linspace(0, num_frames - 1, T) is not the middles of T segments":
+                    np.linspace(0, num_frames - 1, T).astype(int),
+                "a segment has length num_frames / T, not num_frames // T":
+                    (middles * (num_frames // T)).astype(int),
+                "place p lies in frame floor(p); do not round": (middles * num_frames / T).round(),
                 "these are the middles; in training the place is random":
                     data.frame_indices(num_frames, T, "eval")
             }
@@ -95,13 +101,19 @@ def attention():
         unmasked[1, :, 4:] = torch.nan
         inverted = F.scaled_dot_product_attention(q, k, v, ~mask)
         inverted[0] = torch.nan                         # there it has no key at all
+        scores = q @ k.mT / K ** 0.5
+        fill = 0 if size == 1 else -100                 # each shows a fill that is not low enough
         expected = module(x, mask).unflatten(2, (H, K)).transpose(1, 2)
         yield (q, k, v, mask), expected, "BHSK", {
             "padding gets attention: mask the keys (last axis of the scores), not the queries":
                 unmasked,
             "the mask is inverted: it is True where a token may be attended to": inverted,
             "the scores are not divided by sqrt(K)":
-                F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+                F.scaled_dot_product_attention(q, k, v, mask, scale=1.0),
+            "the weights of a query do not sum to 1: mask before the softmax":
+                (scores.softmax(-1) * mask) @ v,
+            "fill with -inf; other scores can be below a finite number":
+                scores.masked_fill(~mask, fill).softmax(-1) @ v
         }
 
 
@@ -114,10 +126,15 @@ def mlm_loss():
     labels[0, 1:4] = torch.tensor([5, 0, 10])
     labels[1, 2] = 7
     expected = train.cross_entropy(flat, labels.flatten())
+    by_text = [train.cross_entropy(scores[b], labels[b]) for b in (0, 1)]
     yield (scores, labels), expected, "", {
         "this is the mean over all words; take it over the masked words":
             expected * 4 / (B * L),
         "this is the sum; take the mean": expected * 4,
+        "this is the mean of the means of the texts; each masked word counts the same":
+            sum(by_text) / 2,
+        "word 0 is a word: use labels >= 0":
+            train.cross_entropy(flat, labels.where(labels != 0, -1).flatten()),
         "a label of -1 means that nothing is asked; it is no word":
             train.cross_entropy(flat, labels.flatten() % V)
     }
@@ -155,6 +172,11 @@ def ranks():
             evaluation.ranks(scores + half, target),
         "ties count as the worst place; equal scores must share the mean of their places":
             evaluation.ranks(scores - half, target),
+        "argsort breaks ties by position; equal scores must share the mean of their places":
+            1 + (-scores).argsort(1).argsort(1)[np.arange(7), target],
+        "places better + 1 to better + equal have the mean better + (equal + 1) / 2":
+            expected - 0.5,
+        "`equal` counts the right candidate too": expected + 0.5,
         "higher scores are better": evaluation.ranks(-scores, target),
         "count from 1: the best has rank 1": expected - 1
     }
@@ -183,6 +205,12 @@ EXERCISES = {cases.__name__: cases for cases in (
     roll_tokens, roll_gradient, roll_groups, frame_indices, attention, mlm_loss, contrastive_loss,
     ranks, embed_with_time)}
 
+TOKEN_0 = {
+    "roll_tokens": "CLS is token 0 of each frame, and it must stay as it is",
+    "roll_gradient": "tokens that do not roll pass their gradient on unchanged",
+    "embed_with_time": "CLS is token 0 of each frame, and it must stay as it is"
+}
+
 # ---- comparison ----------------------------------------------------------------------------------
 
 
@@ -195,12 +223,15 @@ def is_close(a, b):
     return torch.isclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
-def compare(got, expected, axes):
+def compare(name, got, expected, axes):
     """Lines that state what is wrong with one tensor; [] if nothing is."""
     if got.shape != expected.shape:
         return [f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"]
     if got.dtype != expected.dtype:
-        return [f"dtype {got.dtype}, expected {expected.dtype}"]
+        lines = [f"dtype {got.dtype}, expected {expected.dtype}"]
+        if got.numel() == 0:
+            lines.append("hint: an empty tensor is float32 unless you give dtype=torch.int64")
+        return lines
     wrong = ~is_close(got, expected)
     if not wrong.any():
         return []
@@ -214,16 +245,24 @@ def compare(got, expected, axes):
         lines.append("hint: nan is 0 / 0 or inf / inf: is nothing or everything masked, or did "
                      "exp() overflow?")
     if axes == "BTND" and first[2] == 0:
-        lines.append("hint: CLS is token 0 of each frame, and it must stay as it is")
+        lines.append(f"hint: {TOKEN_0[name]}")
     return lines
 
 
-def explains(mistake, got):
-    """Is `got` the result of this mistake?"""
-    for wrong, part in zip(tensors(mistake), tensors(got)):
+def explains(mistake, got, expected):
+    """Is `got` the result of this mistake? Not if there are no numbers, or of another dtype."""
+    for wrong, part, right_part in zip(tensors(mistake), tensors(got), tensors(expected)):
+        if right_part.numel() == 0 or part.dtype != right_part.dtype:
+            return False
         if part.shape != wrong.shape or not (is_close(part, wrong) | wrong.isnan()).all():
             return False
     return True
+
+
+def type_name(value):
+    name = type(value).__name__
+    article = "an" if name in ("int", "ndarray") else "a"
+    return f"{article} {name}"
 
 
 def check(name, function):
@@ -235,14 +274,19 @@ def check(name, function):
         given = copy.deepcopy(args)
         got = function(*given)
         if not isinstance(got, type(expected)):
-            return [f"it returned a {type(got).__name__}, expected a {type(expected).__name__}"]
+            return [f"it returned {type_name(got)}, expected {type_name(expected)}"]
         if len(tensors(got)) != len(tensors(expected)):
             return [f"it returned {len(got)} values, expected {len(expected)}"]
         lines = []
-        for part, right_part in zip(tensors(got), tensors(expected)):
-            lines += compare(part, right_part, axes)
+        labels = ("forward: ", "backward: ") if name == "roll_groups" else ("",)
+        for label, part, right_part in zip(labels, tensors(got), tensors(expected)):
+            found = compare(name, part, right_part, axes)
+            if found:
+                found[0] = label + found[0]
+            lines += [line for line in found if line not in lines]
         if lines:
-            lines += [f"hint: {hint}" for hint in mistakes if explains(mistakes[hint], got)]
+            lines += [f"hint: {hint}" for hint in mistakes
+                      if explains(mistakes[hint], got, expected)]
         for before, after in zip(args, given):
             if isinstance(before, torch.Tensor) and not torch.equal(before, after):
                 lines.append("it changed its input; work on a copy")
@@ -258,7 +302,10 @@ def explain(error, path):
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == path:
             place = f"line {frame.lineno} of {Path(path).name}"
-    return printable(f"{type(error).__name__} {error} ({place})")
+    text = f"{type(error).__name__} {error}"
+    if not isinstance(error, SyntaxError):              # its text has the place
+        text += f" ({place})"
+    return printable(text)
 
 
 def main():
@@ -281,6 +328,8 @@ def main():
         try:
             with torch.no_grad():
                 lines = check(name, functions.get(name))
+            if lines and name == "embed_with_time" and not args.names:
+                lines = ["wrong; to see hints, check it by its name"]
         except Exception as error:
             lines = [explain(error, args.module)]
         right += not lines

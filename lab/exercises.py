@@ -6,8 +6,8 @@
 Replace `raise NotImplementedError` by your code. The last function is complete but wrong: correct
 it. Do not change what you are given: work on copies, such as x.clone().
 
-Axes: B clips, T frames, N visual tokens per frame (CLS first), L text tokens, D width, H attention
-heads, K = D // H, V vocabulary.
+Axes: B clips, T frames, N visual tokens per frame (CLS first), L text tokens, S = L + N tokens,
+D width, H attention heads, K = D // H, V vocabulary, Q queries, C candidates.
 """
 import numpy as np      # for frame_indices
 import torch
@@ -47,11 +47,11 @@ def roll_groups(rows, cols, fraction, layout):
     """Choose the tokens that roll, in frames of rows x cols patches.
 
     Token 0 is CLS and never rolls. The patch in row r and column c is token 1 + r * cols + c.
-    There are N = 1 + rows * cols tokens, and period = round(2 / fraction). Only
-    count = (N - 1) // period patches roll each way. If count is 0, both groups are empty.
+    There are N = 1 + rows * cols tokens. period = round(2 / fraction), and
+    count = (N - 1) // period. If count is 0, both groups are empty.
     layout   "block": forward are the first `count` patches, backward the last `count`
-             "spread": forward are the patches with (c + 3 * r) % period == 0, backward those
-             with (c + 3 * r) % period == period // 2
+             "spread": forward are all patches with (c + 3 * r) % period == 0, backward all with
+             (c + 3 * r) % period == period // 2 (may be more than `count`)
     Returns (forward, backward): two int64 tensors, in rising order.
 
     Example: roll_groups(3, 3, 1 / 2, "block")  -> [1, 2], [8, 9]
@@ -64,7 +64,8 @@ def frame_indices(num_frames, T, mode, rng=None):
     """Choose T frames of a clip of num_frames frames.
 
     Cut the clip into T equal segments and choose one frame in each of them. The segments may have
-    a length that is not an integer, and may be shorter than a frame.
+    a length that is not an integer, and may be shorter than a frame. Place p lies in frame
+    floor(p).
     mode   "eval": the frame at the middle of each segment
            "train": the frame at a random place of each segment; call rng.random(T) once
     Returns a list of T ints from 0 to num_frames - 1, in rising order.
@@ -92,11 +93,13 @@ def mlm_loss(scores, labels):
     """The loss of masked language modelling, in nats.
 
     scores   (B, L, V) float
-    labels   (B, L) int64: the true word where a word was masked, -1 at all other places
+    labels   (B, L) int64: the true word where a word was masked (word 0 is a word), -1 at all
+             other places
     Returns a tensor without axes: the mean cross-entropy over all masked words of the batch, or 0
     if no word is masked.
 
-    Example: with equal scores for all V words the loss is log(V), however many words are masked.
+    Example: with equal scores for all V words the loss is log(V), for any number of masked words
+    above 0.
     """
     raise NotImplementedError
 
@@ -130,7 +133,7 @@ def embed_with_time(x, time_embed):
     """Add a time embedding to the patches of each frame. This function has two bugs: find them.
 
     x            (B, T, N, D), CLS first in each frame
-    time_embed   (at least T, D): one row per frame
+    time_embed   (T or more rows, D): one row per frame
     Returns a new tensor (B, T, N, D). Every patch of frame t gets row t. CLS gets nothing.
     """
     B, T, N, D = x.shape

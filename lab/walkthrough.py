@@ -111,6 +111,8 @@ def show_attention(shares, words, frame):
     """shares (S, S): how much each query attends to each key, in one frame and one head.
     frame (N,): the frame that CLS and each patch come from."""
     print("\nframe 1, block 0, head 0: how much words and CLS (rows) attend to all tokens")
+    print("w word, C CLS, digit: the frame a patch came from")
+    print("from space (0) to @ (highest); random weights")
     print(f"{'':12s} {'w' * len(words)} C {draw(frame[1:], DIGITS)}")
     for name, row in zip([*words, "CLS"], shares):
         cells = draw(9 * row / row.max(), " .:-=+*#%@")

@@ -28,6 +28,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import unicodedata
@@ -929,7 +930,7 @@ def prepare(name, root, out, allow_missing=False, check=True, say=print):
         if out.exists() and os.listdir(out) != ["missing.txt"]:
             raise UserError(f"{out} exists: delete it, or choose another --out")
         part.mkdir(parents=True)
-        lock = lock_folder(part)                        # until the end of this function
+        lock = lock_folder(part)    # noqa: F841        held until the end of this function
         for left in out.parent.glob(f".{out.name}-*.part"):
             with suppress(UserError, OSError):          # a process is at work in it
                 lock_folder(left)
@@ -943,6 +944,8 @@ def prepare(name, root, out, allow_missing=False, check=True, say=print):
         if not (part / "train.jsonl").exists():
             raise UserError(f"{name}: no training row has a clip")
         (out / "missing.txt").unlink(missing_ok=True)
+        if (part / "missing.txt").stat().st_size == 0:
+            (part / "missing.txt").unlink()
         part.rename(out)
         (out / ".lock").unlink()
     except (OSError, UnicodeError, BrokenExecutor) as error:
@@ -950,7 +953,7 @@ def prepare(name, root, out, allow_missing=False, check=True, say=print):
     finally:
         shutil.rmtree(part, ignore_errors=True)
     start = "--size base --init all-in-one-base.pt" if root else f"--task {task}"
-    say(f"next: python train.py --data {out} {start}")
+    say(f"next: python train.py --data {shlex.quote(str(out))} {start}")
 
 
 def main():

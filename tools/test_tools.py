@@ -1922,7 +1922,12 @@ def test_every_exercise_is_wrong_before_it_is_solved(run_script):
     code, out, err = run_script(LAB / "check.py")
     assert (code, out.splitlines()[-1], err) == (1, "0 of 9 right", "")
     assert "\nranks: NotImplementedError  (line " in out
-    assert "\nembed_with_time: 3456 of 6528 numbers differ, the first at (B 0, T 0, N 0" in out
+    assert "\nembed_with_time: wrong; to see hints, check it by its name\n0 of 9 right\n" in out
+
+
+def test_the_set_up_checks_one_exercise(run_script):
+    code, out, _ = run_script(LAB / "check.py", "roll_tokens")
+    assert (code, out.splitlines()[-1]) == (1, "0 of 1 right")
 
 
 WRONG = '''
@@ -1957,32 +1962,81 @@ def contrastive_loss(text, video, temperature):
 
 def ranks(scores, target):
     own = scores[np.arange(len(scores)), target]
-    return 1 + (scores > own[:, None]).sum(1)
+    return 1.0 + (scores > own[:, None]).sum(1)
 
 def embed_with_time(x, time_embed):
     return x + time_embed[:x.shape[1], None]
 '''
 HINTS = {
     "roll_tokens": ("rolled the wrong way", "it changed its input"),
-    "roll_gradient": ("CLS is token 0",),
-    "roll_groups": ("CLS moves",),
+    "roll_gradient": ("pass their gradient on unchanged",),
+    "roll_groups": ("forward: ", "backward: ", "CLS moves"),
     "frame_indices": ("starts of the segments", "called with 17, 4, eval, Gen"),
     "attention": ("mask the keys",),
     "mlm_loss": ("mean over all words",),
     "contrastive_loss": ("one direction",),
-    "ranks": ("dtype torch.int64, expected torch.float64", "ties count as perfect"),
+    "ranks": ("ties count as perfect",),
     "embed_with_time": ("CLS is token 0",)
 }
 
 
 def test_common_mistakes_get_their_hints(check_answers):
-    code, out, err = check_answers(WRONG)
+    code, out, err = check_answers(WRONG, *HINTS)
     assert (code, out.splitlines()[-1], err) == (1, "0 of 9 right", "")
     sections = re.split(r"^(?=\w)", out, flags=re.M)
     for section, (name, hints) in zip(sections[1:], HINTS.items()):
         assert section.startswith(f"{name}: ")
         for hint in hints:
             assert hint in section
+
+
+@pytest.mark.parametrize("code, hint", [
+    ("def frame_indices(n, T, mode, rng=None):\n"
+     "    return np.linspace(0, n - 1, T).astype(int).tolist()\n", "linspace(0, num_frames - 1"),
+    ("def frame_indices(n, T, mode, rng=None):\n"
+     "    return [int((t + 0.5) * (n // T)) for t in range(T)]\n", "not num_frames // T"),
+    ("def frame_indices(n, T, mode, rng=None):\n"
+     "    return [round((t + 0.5) * n / T) for t in range(T)]\n", "do not round"),
+    ("def attention(q, k, v, mask):\n"
+     "    return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) * mask) @ v\n", "do not sum to 1"),
+    ("def attention(q, k, v, mask):\n"
+     "    return (q @ k.mT / q.shape[-1] ** 0.5 * mask).softmax(-1) @ v\n", "fill with -inf"),
+    ("def attention(q, k, v, mask):\n    scores = q @ k.mT / q.shape[-1] ** 0.5\n"
+     "    return scores.masked_fill(~mask, -100).softmax(-1) @ v\n", "fill with -inf"),
+    ("def mlm_loss(scores, labels):\n    means = []\n    for row, words in zip(scores, labels):\n"
+     "        if (words >= 0).any():\n            right = row.log_softmax(-1)[words >= 0]\n"
+     "            means.append(-right.gather(1, words[words >= 0, None]).mean())\n"
+     "    return torch.stack(means).mean()\n", "mean of the means"),
+    ("def mlm_loss(scores, labels):\n    masked = labels > 0\n"
+     "    losses = scores[masked].log_softmax(-1).gather(1, labels[masked, None])\n"
+     "    return -losses.mean()\n", "word 0 is a word"),
+    ("def ranks(scores, target):\n    order = (-scores).argsort(1)\n"
+     "    return 1.0 + (order == target[:, None]).argmax(1)\n", "argsort breaks ties"),
+    ("right_ranks = ranks\ndef ranks(scores, target):\n"
+     "    return right_ranks(scores, target) - 0.5\n", "better + (equal + 1) / 2"),
+    ("def ranks(scores, target):\n    own = scores[np.arange(len(scores)), target]\n"
+     "    return 1 + (scores > own[:, None]).sum(1)\n", "dtype torch.int64"),
+    ("right = mlm_loss\ndef mlm_loss(scores, labels):\n"
+     "    return right(scores, labels) if (labels >= 0).any() else 0\n",
+     "returned an int, expected a Tensor")
+])
+def test_each_common_mistake_gets_one_line(check_answers, code, hint):
+    name = re.findall(r"def (\w+)", code)[0]
+    _, out, _ = check_answers(code, name)
+    assert hint in out
+    assert out.count("hint: ") == (0 if "expected a" in hint or "dtype" in hint else 1)
+
+
+def test_an_empty_group_of_another_dtype_gets_one_hint(check_answers):
+    code = ("right = roll_groups\ndef roll_groups(*shape):\n    forward, backward = right(*shape)\n"
+            "    if len(forward) == 0:\n        return torch.tensor([]), torch.tensor([])\n"
+            "    return forward, backward\n")
+    _, out, _ = check_answers(code, "roll_groups")
+    assert out == (
+        "roll_groups: forward: dtype torch.float32, expected torch.int64\n"
+        "    hint: an empty tensor is float32 unless you give dtype=torch.int64\n"
+        "    backward: dtype torch.float32, expected torch.int64\n"
+        "    called with 2, 2, 0.25, block\n0 of 1 right\n")
 
 
 def test_the_example_of_the_readme_is_what_check_prints(check_answers):
@@ -1997,7 +2051,7 @@ def test_the_example_of_the_readme_is_what_check_prints(check_answers):
      "ranks: AttributeError 'numpy.ndarray' object has no attribute 'nothing' (line N of mine.py)"),
     ("def ranks(a):\n    pass\n",
      "ranks: TypeError ranks() takes 1 positional argument but 2 were given (mine.py)"),
-    ("def ranks(a, b):\n    pass\n", "ranks: it returned a NoneType, expected a ndarray")
+    ("def ranks(a, b):\n    pass\n", "ranks: it returned a NoneType, expected an ndarray")
 ])
 def test_failing_code_of_a_student_is_one_line(check_answers, code, line):
     _, out, err = check_answers(code, "ranks")
@@ -2009,7 +2063,7 @@ def test_a_file_that_cannot_be_loaded_is_one_line(check_answers):
     code, out, err = check_answers("def ranks(:\n")
     assert (code, out) == (2, "")
     err = re.sub(r"line \d+", "line N", err)
-    assert err == "check.py: SyntaxError invalid syntax (mine.py, line N) (mine.py)\n"
+    assert err == "check.py: SyntaxError invalid syntax (mine.py, line N)\n"
 
 
 def test_an_unknown_exercise_is_one_line(run_script):
@@ -2025,6 +2079,8 @@ def test_walkthrough_shows_the_tensors_in_79_columns(run_script):
     assert "    frame 0    0 | 0000000000000000    0 | 2010020110200102\n" in out
     assert "    after block 0, frame 0: 01..4\n    after block 0, frame 1: 012..\n" in out
     assert out.count("01234\n") == 5                        # after block 1: everything
+    assert out.splitlines()[-11].startswith("with T = 5")   # the README shows `tail -11`
+    assert "\nw word, C CLS, digit: the frame a patch came from\n" in out
 
 
 def test_python_in_the_readme_prints_what_the_answers_state(run_script, tmp_path):
