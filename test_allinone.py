@@ -603,7 +603,7 @@ def test_broken_files_are_one_line(path):
             archive.writestr(name, source.read(name))
     for data in (b"", b"What is she doing?\n" * 99, good[:9000], packed.getvalue()):
         path.write_bytes(data)
-        assert_refused(path, "is damaged or not a checkpoint")
+        assert_refused(path, "is not a checkpoint, or is damaged")
     torch.save([1], path)
     assert_refused(path, "is not a checkpoint of train.py")
     assert_refused(path.parent, "cannot be read: Is a directory")
@@ -622,7 +622,7 @@ class Bomb:
 def test_code_in_a_file_is_not_executed(zipped, path):
     bomb = Bomb(f"{path}.executed")
     torch.save({"config": CONFIG, "x": bomb}, path, _use_new_zipfile_serialization=zipped)
-    assert_refused(path, "is damaged or not a checkpoint")
+    assert_refused(path, "is not a checkpoint, or is damaged")
     assert not os.path.exists(bomb.target)
     pickle.loads(pickle.dumps(bomb))
     assert os.path.exists(bomb.target), "the bomb is a dud, so this test shows nothing"

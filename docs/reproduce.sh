@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table of docs/results.md from nothing: about 2 hours on 2 cores. Needs matplotlib for the last lines.
+# Every table of docs/results.md from nothing: an estimated 2 hours on 2 cores; not run as a whole. Needs matplotlib for the last lines.
 set -eu
 cd "$(dirname "$0")/.."
 python tools/toy.py data/toy
