@@ -1261,7 +1261,7 @@ def collate(items, pad):
         for a, ids in enumerate(item["texts"]):
             input_ids[b, a, :len(ids)] = torch.tensor(ids)
             attention_mask[b, a, :len(ids)] = True
-    if "labels" in items[0]:                    # positions, as a GPU would have to wait to find them
+    if "labels" in items[0]:                    # positions: on a GPU, finding them means waiting
         labels = torch.full((len(items), L), -1)
         for b, item in enumerate(items):
             labels[b, :len(item["labels"])] = torch.tensor(item["labels"])

@@ -33,8 +33,8 @@ from torch import nn
 
 from data import (BatchSampler, MixedDataset, Tokenizer, VideoTextDataset, benchmark_of,
                   check_shared_memory, has_split, make_loader, manifest_info, read_answers)
-from eval import (Loading, answer_scores, check_positive, check_workers, default_workers, embeddings,
-                  evaluate, evaluate_folder, format_metrics, input_spec, join_processes,
+from eval import (Loading, answer_scores, check_positive, check_workers, default_workers,
+                  embeddings, evaluate, evaluate_folder, format_metrics, input_spec, join_processes,
                   open_checkpoint, option_scores, pick_device, pretrain_scores, read_texts,
                   to_device)
 

@@ -129,8 +129,8 @@ def read_tensors(path):
         if needs:
             raise UserError(f"{path} names {printable(needs[1])}, code that would have to run; ask "
                             "its author for the state dict alone") from None
-        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__}); copy it "
-                        "again, or save the state dict alone with torch.save") from None
+        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__}); copy "
+                        "it again, or save the state dict alone with torch.save") from None
     tensors = content
     if isinstance(content, dict):
         for key in ("model", "state_dict"):             # DeiT, Lightning
