@@ -49,6 +49,13 @@ from rolling import roll_groups, roll_tokens
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
+# The least and the greatest value of a field.
+LIMITS = {"width": (8, 8192), "layers": (1, 128), "heads": (1, 128), "image": (8, 2048),
+          "patch": (1, 256), "frames": (1, 512), "text_length": (3, 4096), "vocab": (5, 2 ** 20),
+          "answers": (0, 2 ** 20), "embed": (1, 8192), "fraction": (0, 1),
+          "dropout": (0, 0.9), "drop_path": (0, 0.9)}
+
+
 @dataclass(frozen=True)
 class Config:
     """The shape of a model. The defaults are the paper's base size (ViT-B/16, bert-base-uncased).
@@ -94,10 +101,6 @@ class Config:
         return self.image // self.patch
 
 
-LIMITS = {"width": (8, 8192), "layers": (1, 128), "heads": (1, 128), "image": (8, 2048),
-          "patch": (1, 256), "frames": (1, 512), "text_length": (3, 4096), "vocab": (5, 2 ** 20),
-          "answers": (0, 2 ** 20), "embed": (1, 8192), "fraction": (0, 1),
-          "dropout": (0, 0.9), "drop_path": (0, 0.9)}
 SIZES = {
     # A quarter of the toy's 4 x 4 patches would be two each way, too few to see a shape move.
     "toy": Config(width=96, layers=4, heads=4, image=32, patch=8, fraction=1 / 2,
@@ -202,7 +205,7 @@ def make_head(name, config):
         dropout = nn.Dropout(config.dropout)
         return nn.Sequential(dropout, nn.Linear(D, 256), nn.LayerNorm(256), nn.GELU(),
                              nn.Linear(256, 1))
-    if name in ("rank", "rank2"):                           # one score for a text; see fill()
+    if name in ("rank", "rank2"):                           # one score for a text; see init_weights()
         return nn.Linear(D, 1)
     if name == "contrast":
         return nn.ModuleDict({"text": nn.Linear(D, config.embed),
@@ -291,24 +294,24 @@ class AllInOne(nn.Module):
         text = self.embed_text(input_ids)[:, None].expand(B, T, L, D)
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (0, N), value=True)  # visual tokens: always
-        x = self.run(torch.cat([text, video], dim=2), attention_mask, L, queries)
+        x = self.apply_blocks(torch.cat([text, video], dim=2), attention_mask, L, queries)
         return Output(torch.tanh(self.pooler(x[:, 0])), x[:, :L], x[:, L:])
 
     def encode_text(self, input_ids, attention_mask=None):
         """input_ids (B, L) -> (B, config.embed): the projected CLS of the text on its own.
         Differs: the released code runs T identical copies."""
         x = self.embed_text(input_ids)[:, None]                         # T = 1
-        x = self.run(x, attention_mask, None, queries=1)
+        x = self.apply_blocks(x, attention_mask, None, queries=1)
         return self.task_heads["contrast"]["text"](x[:, 0])
 
     def encode_video(self, frames):
         """frames (B, T, 3, R, R) -> (B, config.embed): the projected CLS of the video on its own.
         As released, nothing rolls here, unless config.roll_unimodal."""
         first_visual = 0 if self.config.roll_unimodal else None
-        x = self.run(self.embed_frames(frames), None, first_visual, queries=1)
+        x = self.apply_blocks(self.embed_frames(frames), None, first_visual, queries=1)
         return self.task_heads["contrast"]["video"](x[:, 0])
 
-    def run(self, x, attention_mask, first_visual, queries):
+    def apply_blocks(self, x, attention_mask, first_visual, queries):
         """Roll and attend, block after block; then the final norm and the mean over frames.
         x (B, T, S, D), attention_mask (B, S) or None -> (B, queries or S, D).
         first_visual: the number of the first token that may roll; None: none does."""
@@ -334,17 +337,17 @@ class AllInOne(nn.Module):
 def init_released(model):
     """The released start: normal with std 0.02; time embeddings and biases 0.
     Differs: the released patch convolution keeps PyTorch's default (std 0.0208 at base)."""
-    fill(model, matrix_std=lambda weight: 0.02, table_std=0.02)
+    init_weights(model, matrix_std=lambda weight: 0.02, table_std=0.02)
     nn.init.zeros_(model.time_embed)
 
 
 def init_narrow(model):
     """For the toy size: matrices 1 / sqrt(fan-in), tables 1. A model 96 wide does not learn from
     std 0.02 within minutes: its residual branches add next to nothing at the start."""
-    fill(model, matrix_std=lambda weight: weight[0].numel() ** -0.5, table_std=1.0)
+    init_weights(model, matrix_std=lambda weight: weight[0].numel() ** -0.5, table_std=1.0)
 
 
-def fill(model, matrix_std, table_std):
+def init_weights(model, matrix_std, table_std):
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=matrix_std(module.weight))
@@ -630,20 +633,19 @@ def lock_folder(folder):
     return file
 
 
-def process_rank():
-    """The number of this process and how many there are (set by torchrun)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))           # the number of this process; set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))    # how many processes there are
 
 
 def print0(*parts):
     """Print on the first process alone."""
-    if process_rank()[0] == 0:
+    if RANK == 0:
         print(*parts, flush=True)
 
 
 def progress(iterable, what, total=None):
     """A progress bar of at most 79 columns, on the first process's terminal."""
-    hidden = process_rank()[0] > 0 or not sys.stderr.isatty()
+    hidden = RANK > 0 or not sys.stderr.isatty()
     return tqdm(iterable, desc=what, total=total, ncols=79, disable=hidden, leave=False)
 
 

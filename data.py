@@ -5,13 +5,13 @@ folder (the manifest), words into tokens, and batches.
 
 A batch is a dict:
     frames           (B, T, 3, R, R) uint8; with V views (B, V, T, 3, R, R)
-    input_ids        (B, L) int64; (B, A, L) with A texts a clip: options, or in pre-training the
+    input_ids        (B, A, L) int64, A texts a clip: one; or the options; or in pre-training the
                      text to match, the text with masks, the caption
     attention_mask   bool, of the same shape, True at real words
     target           (B,) int64, the right answer or option; -1 where it is unknown
     masked, labels   (M,) int64, pre-training: places in (B * L) of the M masked tokens of the text
                      with masks, and their true ids
-    second           (B,) bool, VCR: True where the question is QA->R
+    is_rationale     (B,) bool, multiple choice: True where the question is VCR's QA->R
     index            (B,) int64, rows of the data set
     errors           {row id: cause} of clips that cannot be read; the only entry if none can
 """
@@ -47,7 +47,7 @@ from av.sidedata.sidedata import SideDataContainer
 from av.stream import Discard, Disposition
 from av.video.frame import PictureType
 
-from allinone import UserError, printable, run_main
+from allinone import Config, UserError, printable, run_main
 
 # ---- frame sampler -------------------------------------------------------------------------------
 # A frame needs the packets from its key frame on, and no others. So: list all packets without
@@ -1018,7 +1018,7 @@ class Tokenizer:
             texts.append([self.cls, *before[:L - 2 - len(end)], *end, self.sep])
         return texts
 
-    def mask_words(self, text, L, rng, share=0.15):
+    def mask_words(self, text, L, rng, share):
         """Masked language modelling on whole words: a share of the words, at least one. Of their
         tokens 80 % become [MASK], 10 % a random token, 10 % stay.
         Returns (ids, labels); labels are -1 where nothing is asked."""
@@ -1059,16 +1059,18 @@ def wordpiece(vocabulary):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How rows become model inputs."""
-    task: str
+    """How the rows of a benchmark become inputs of a model."""
+    benchmark: Benchmark
+    config: Config
     tokenizer: Tokenizer
-    text_length: int                # L
-    frames: int                     # T
-    image: int                      # R
-    option_format: str = "options"
-    answers: dict = field(default_factory=dict)     # answer -> class, for vqa
-    views: int = 1                  # sets of frames in evaluation
+    answers: list                   # the closed list, for vqa and action
     negatives: int = 0              # captions of other clips, for retrieval with --vtm
+    mask_share: float = 0.15        # of the words, in pre-training
+
+    @property
+    def frames(self):
+        """T: one for a benchmark of still pictures."""
+        return 1 if self.benchmark.frames == 1 else self.config.frames
 
 
 class VideoTextDataset(torch.utils.data.Dataset):
@@ -1084,11 +1086,13 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.spec = spec
         self.train = train
         self.seed = seed
+        self.class_of = {answer: n for n, answer in enumerate(spec.answers)}
         self.listings = os.path.join(folder, "listings")
-        needed = {"vcr": "choice", "pretrain": "retrieval"}.get(spec.task, spec.task)
+        task = spec.benchmark.task
+        needed = {"vcr": "choice", "pretrain": "retrieval"}.get(task, task)
         if row_task(self.rows[0]) != needed:
             raise UserError(f"{self.rows.path}: its rows are for {row_task(self.rows[0])}, not for "
-                            f"{spec.task}; choose another --task")
+                            f"{task}; choose another --task")
 
     def __len__(self):
         return len(self.rows)
@@ -1112,37 +1116,38 @@ class VideoTextDataset(torch.utils.data.Dataset):
     def frames(self, row, rng):
         """(T, 3, R, R) uint8, or (V, T, 3, R, R) in evaluation with V > 1 views."""
         spec = self.spec
-        views = 1 if self.train else spec.views
+        views = 1 if self.train else spec.benchmark.views
         place = rng.random(2).tolist() if self.train else (0.5, 0.5)
         frames = read_frames(os.path.join(self.rows.root, row["video"]),
                              partial(pick_frames, row=row, T=spec.frames, views=views, rng=rng),
-                             spec.image, place, boxes=row.get("boxes", ()), listings=self.listings)
+                             spec.config.image, place, boxes=row.get("boxes", ()), listings=self.listings)
         return frames.unflatten(0, (views, spec.frames)) if views > 1 else frames
 
     def text(self, row, rng):
         """{"texts": a list of token lists, "target"}, and what else the task wants."""
         spec = self.spec
-        L = spec.text_length
+        task = spec.benchmark.task
+        L = spec.config.text_length
         encode = spec.tokenizer.encode
-        if spec.task == "vqa":
+        if task == "vqa":
             return {"texts": [encode(row["question"], L)],
-                    "target": spec.answers.get(row["answer"], -1)}
-        if spec.task == "action":
+                    "target": self.class_of.get(row["answer"], -1)}
+        if task == "action":
             if row["label"] >= len(spec.answers):
                 raise UserError(f"{self.rows.path}: row {row['id']} has label {row['label']}, the "
                                 f"answer list {len(spec.answers)} classes")
             return {"texts": [encode("a person is doing [MASK]", L)], "target": row["label"]}
-        if spec.task == "retrieval":
+        if task == "retrieval":
             captions = [draw(captions_of(row), rng)]
             if self.train:
                 captions += [self.other_caption(row, rng) for _ in range(spec.negatives)]
             return {"texts": [encode(caption, L) for caption in captions], "target": 0}
-        if spec.task == "pretrain":
+        if task == "pretrain":
             return self.pretrain_text(row, rng)
         texts = spec.tokenizer.encode_options(row.get("question", ""), row["options"],
-                                              spec.option_format, L)
+                                              spec.benchmark.option_format, L)
         return {"texts": texts, "target": row["answer"],
-                "second": row.get("question_type") == "QA->R"}
+                "is_rationale": row.get("question_type") == "QA->R"}
 
     def pretrain_text(self, row, rng):
         """Three texts: one to match, one with masks to fill in, the caption as it is. Target 1 if
@@ -1150,12 +1155,12 @@ class VideoTextDataset(torch.utils.data.Dataset):
         Differs: the released code draws another clip for the caption, not another caption."""
         if rng is None:                         # the same masks in every evaluation
             rng = np.random.default_rng(zlib.crc32(row["id"].encode()))
-        spec = self.spec
-        L = spec.text_length
+        tokenizer = self.spec.tokenizer
+        L = self.spec.config.text_length
         caption = draw(captions_of(row), rng)
         to_match = caption if rng.random() < 0.5 else self.other_caption(row, rng)
-        masked, labels = spec.tokenizer.mask_words(caption, L, rng)
-        texts = [spec.tokenizer.encode(to_match, L), masked, spec.tokenizer.encode(caption, L)]
+        masked, labels = tokenizer.mask_words(caption, L, rng, self.spec.mask_share)
+        texts = [tokenizer.encode(to_match, L), masked, tokenizer.encode(caption, L)]
         return {"texts": texts, "target": int(to_match in captions_of(row)), "labels": labels}
 
     def other_caption(self, row, rng):
@@ -1249,7 +1254,7 @@ def collate(items, pad):
     items = [item for item in items if "frames" in item]
     if not items:
         return batch
-    for name in ("index", "target", "second"):
+    for name in ("index", "target", "is_rationale"):
         if name in items[0]:
             batch[name] = torch.tensor([item[name] for item in items])
     batch["frames"] = torch.stack([item["frames"] for item in items])
@@ -1267,9 +1272,6 @@ def collate(items, pad):
             labels[b, :len(item["labels"])] = torch.tensor(item["labels"])
         batch["masked"] = (labels.flatten() >= 0).nonzero()[:, 0]
         batch["labels"] = labels.flatten()[batch["masked"]]
-    if A == 1:
-        input_ids = input_ids[:, 0]
-        attention_mask = attention_mask[:, 0]
     return {**batch, "input_ids": input_ids, "attention_mask": attention_mask}
 
 
@@ -1313,7 +1315,7 @@ def end_workers():
 def check_shared_memory(spec, batch, workers):
     """Workers hand frames over in /dev/shm. Docker makes it 64 MB small, and torch then waits for
     ever: find out before."""
-    clip = spec.views * spec.frames * 3 * spec.image ** 2
+    clip = spec.benchmark.views * spec.frames * 3 * spec.config.image ** 2
     needed = clip * batch * PREFETCH * workers
     with suppress(OSError):
         free = shutil.disk_usage("/dev/shm").free

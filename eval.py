@@ -15,7 +15,7 @@ import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from allinone import (UserError, build_model, load_checkpoint, print0, printable, process_rank,
+from allinone import (RANK, WORLD, UserError, build_model, load_checkpoint, print0, printable,
                       progress, run_main, write_file)     # first: it prepares the import of torch
 
 import numpy as np
@@ -60,9 +60,7 @@ def recalls(rank, clips, direction):
 
 def answer_scores(model, batch):
     """(B, A) over the answer list."""
-    video = model.embed_frames(batch["frames"])
-    out = model.fuse(video, batch["input_ids"], batch["attention_mask"], queries=1)
-    return model.task_heads["answer"](out.pooled)
+    return model.task_heads["answer"](read_texts(model, batch).pooled)
 
 
 def read_texts(model, batch, queries=1):
@@ -80,7 +78,7 @@ def option_scores(model, batch, heads):
     scores = text_score(model, pooled, heads[0]).view(B, A)
     if len(heads) == 2:
         second = text_score(model, pooled, heads[1]).view(B, A)
-        scores = torch.where(batch["second"][:, None], second, scores)
+        scores = torch.where(batch["is_rationale"][:, None], second, scores)
     absent = ~batch["attention_mask"].any(dim=-1)           # rows with fewer options
     return scores.masked_fill(absent, -torch.inf)
 
@@ -116,10 +114,10 @@ def class_scores(model, batch, texts):
     return torch.stack(scores, dim=1)
 
 
-def embeddings(model, batch):
-    """Unit vectors of texts and clips, (B, embed) each; of several views, their mean, so that a
-    product with a text is the mean of the views' cosines."""
-    text = model.encode_text(batch["input_ids"], batch["attention_mask"])
+def embeddings(model, batch, number=0):
+    """Unit vectors of text `number` and of the clip, (B, embed) each; of several views, their mean,
+    so that a product with a text is the mean of the views' cosines."""
+    text = model.encode_text(batch["input_ids"][:, number], batch["attention_mask"][:, number])
     frames = batch["frames"]
     if frames.dim() == 5:
         frames = frames[:, None]                            # one view
@@ -149,8 +147,7 @@ def predict(model, dataset, step, loading):
     Raises UserError: clips that cannot be read, unless allow_missing; results that are not finite.
     """
     device = next(model.parameters()).device
-    rank, world = process_rank()
-    starts = range(rank * loading.batch, len(dataset), world * loading.batch)
+    starts = range(RANK * loading.batch, len(dataset), WORLD * loading.batch)
     batches = []
     for start in starts:
         stop = min(start + loading.batch, len(dataset))
@@ -231,7 +228,7 @@ def evaluate_answers(model, dataset, benchmark, answers, loading, zero_shot):
     class_texts = []
     if zero_shot:
         for name in answers:
-            ids = spec.tokenizer.encode(f"a person is doing {name}", spec.text_length)
+            ids = spec.tokenizer.encode(f"a person is doing {name}", model.config.text_length)
             class_texts.append(torch.tensor([ids], device=next(model.parameters()).device))
 
     def step(model, batch):
@@ -246,10 +243,15 @@ def evaluate_answers(model, dataset, benchmark, answers, loading, zero_shot):
         return {"shares": F.pad(shares, (0, missing)), "choices": F.pad(choices, (0, missing))}
 
     results = predict(model, dataset, step, loading)
-    records = [answer_record(dataset.rows[i], answers) for i in range(len(dataset))]
-    for n, i in enumerate(results["index"].tolist()):
-        choices = results["choices"][n].int().tolist()
-        add_prediction(records[i], choices, results["shares"][n].tolist())
+    choices = results["choices"].int().tolist()
+    shares = results["shares"].tolist()
+    place = {row: n for n, row in enumerate(results["index"].tolist())}
+    records = []
+    for i in range(len(dataset)):
+        best = []                                           # of a clip that cannot be read
+        if i in place:
+            best = list(zip(choices[place[i]], shares[place[i]]))
+        records.append(answer_record(dataset.rows[i], answers, best))
     metrics = {"accuracy": percent(r["correct"] for r in records)}
     if benchmark.task == "vqa":
         listed = set(answers)
@@ -261,31 +263,20 @@ def evaluate_answers(model, dataset, benchmark, answers, loading, zero_shot):
     return metrics, records
 
 
-def answer_record(row, answers):
-    """The record of a row before anything is predicted. "names": what it chooses from; "right": the
-    number of the right one, None if the list does not have it."""
+def answer_record(row, answers, best):
+    """The record of a row. best: (number, probability) of the best answers, options or classes."""
     names = row.get("options", answers)
+    top = [(names[number], round(share, 6)) for number, share in best[:len(names)]]
+    prediction, score = top[0] if top else (None, 0.0)
     truth = row["answer"] if "answer" in row else row["label"]
-    if isinstance(truth, int):                  # options may repeat a text: numbers decide
-        right = truth
+    if isinstance(truth, int):                  # options may repeat a text: the number decides
+        correct = bool(top) and best[0][0] == truth
         truth = names[truth] if truth < len(names) else f"class {truth}"
     else:
-        right = None
-    return {"id": row["id"], "question_type": row.get("question_type", ""), "prediction": None,
-            "truth": truth, "score": 0.0, "correct": False, "names": names, "right": right,
-            "options": len(row.get("options", ())), "top": []}
-
-
-def add_prediction(record, choices, shares):
-    """choices: numbers of the best names, with their probabilities."""
-    names = record["names"]
-    best = list(zip(choices, shares))[:len(names)]
-    record["top"] = [(names[choice], round(share, 6)) for choice, share in best]
-    record["prediction"], record["score"] = record["top"][0]
-    if record["right"] is None:
-        record["correct"] = record["prediction"] == record["truth"]
-    else:
-        record["correct"] = choices[0] == record["right"]
+        correct = prediction == truth
+    return {"id": row["id"], "question_type": row.get("question_type", ""), "truth": truth,
+            "prediction": prediction, "score": score, "correct": correct, "top": top,
+            "options": len(row.get("options", ()))}
 
 
 def vcr_metrics(records):
@@ -467,16 +458,8 @@ def pick_device(name):
 
 def join_processes(device):
     """Join the other processes that torchrun has started, if any."""
-    if process_rank()[1] > 1:
+    if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def input_spec(benchmark, config, tokenizer, answers, **more):
-    """How rows of a benchmark become inputs of a model with this config."""
-    frames = 1 if benchmark.frames == 1 else config.frames
-    classes = {answer: n for n, answer in enumerate(answers)}
-    return InputSpec(benchmark.task, tokenizer, config.text_length, frames, config.image,
-                     benchmark.option_format, classes, **more)
 
 
 def evaluate_folder(model, checkpoint, folder, split, loading):
@@ -494,7 +477,7 @@ def evaluate_folder(model, checkpoint, folder, split, loading):
         heads = {"rank"} if zero_shot else heads
     check_heads(model, checkpoint, folder, heads)
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
-    spec = input_spec(benchmark, model.config, tokenizer, answers, views=benchmark.views)
+    spec = InputSpec(benchmark, model.config, tokenizer, answers)
     if split is None:
         split = "test" if has_split(folder, "test") else "val"
     if not has_split(folder, split):
@@ -549,8 +532,6 @@ def ask(model, checkpoint, path, question, options, captions):
                         "choice; matching: pretrain)")
     with torch.inference_mode():
         if captions:
-            batch["input_ids"] = batch["input_ids"].view(1, len(captions), -1)
-            batch["attention_mask"] = batch["attention_mask"].view(1, len(captions), -1)
             pooled = read_texts(model, batch).pooled
             shares = model.task_heads["matching"](pooled).softmax(-1)[:, 1]
         elif options:
@@ -643,7 +624,7 @@ def main():
         for record in records:
             kept = {name: record[name] for name in ("id", "prediction", "truth", "score")}
             lines.append(json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n")
-    if args.predictions and process_rank()[0] == 0:
+    if args.predictions and RANK == 0:
         write_file(args.predictions, "".join(lines))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -779,7 +779,7 @@ def test_folder_is_locked_until_its_process_ends(tmp_path):
     ("1", True, False)])
 def test_only_rank_0_prints(rank, terminal, bar, monkeypatch, capsys):
     """And only a terminal gets a progress bar, of at most 79 columns."""
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(allinone, "RANK", int(rank))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     print0("step", 3)
     assert list(progress("abc", "reading")) == ["a", "b", "c"]
@@ -1896,9 +1896,11 @@ def clip_folder(tmp_path):
     return tmp_path
 
 
-def dataset(folder, rows, task="vqa", train=False, seed=0, frames=3, **more):
+def dataset(folder, rows, task="vqa", train=False, seed=0, frames=3, views=1, negatives=0):
     """The rows as a data set of clips of 16 x 16 pixels."""
-    spec = InputSpec(task, TOKENIZER, 20, frames, 16, answers={"red": 0, "blue": 1}, **more)
+    benchmark = replace(BENCHMARKS[data.OWN[task]], frames=frames, views=views)
+    config = Config(image=16, frames=frames, text_length=20)
+    spec = InputSpec(benchmark, config, TOKENIZER, ["red", "blue"], negatives)
     return VideoTextDataset(write_rows(folder, rows), "train", spec, train, seed)
 
 
@@ -1969,14 +1971,14 @@ def test_what_each_task_reads_and_what_is_right(task, row, text, target, tmp_pat
     item = clips.text(clips.rows[0], None)
     assert spell(sum(item["texts"], [])) == f"[CLS] {text} [SEP]"
     assert item["target"] == target
-    assert not item.get("second")
+    assert not item.get("is_rationale")
 
 
-def test_vcr_marks_the_second_question(tmp_path):
+def test_vcr_marks_the_question_for_a_reason(tmp_path):
     row = {"video": "a.mp4", "question": "what?", "question_type": "QA->R",
            "options": ["red", "blue"], "answer": 1}
-    item = dataset(tmp_path, [row], "vcr", option_format="pair").text(row, None)
-    assert item["second"]
+    item = dataset(tmp_path, [row], "vcr").text(row, None)
+    assert item["is_rationale"]
     assert spell(item["texts"][1]) == "[CLS] what ? [SEP] blue [SEP]"
 
 
@@ -2108,11 +2110,6 @@ def test_texts_are_padded_to_the_longest_of_the_batch():
     assert torch.equal(batch["attention_mask"], batch["input_ids"] != 9)
 
 
-def test_one_text_a_clip_needs_no_axis_of_options():
-    batch = collate([make_item([5, 6])], pad=9)
-    assert batch["input_ids"].shape == (1, 2)
-
-
 def test_masked_tokens_are_named_by_their_place_in_the_batch():
     items = [make_item([5, 6, 7], labels=[-1, 4, 4]), make_item([5, 6], labels=[-1, 8])]
     batch = collate(items, pad=9)
@@ -2191,7 +2188,7 @@ def test_no_worker_keeps_the_main_process_from_ending(exception, code, stderr):
 
 
 def test_too_little_shared_memory_is_found_out_before(monkeypatch):
-    spec = InputSpec("vqa", TOKENIZER, text_length=40, frames=3, image=224)
+    spec = InputSpec(BENCHMARKS["msrvtt-qa"], Config(), TOKENIZER, [])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     with one_line("2 workers need 110 MiB in /dev/shm, which has 64 MiB"):
         check_shared_memory(spec, batch=32, workers=2)
@@ -2207,7 +2204,6 @@ def test_data_py_describes_any_file(clip_folder, monkeypatch, capsys):
 
 
 # ---- eval and train: what their tests share ------------------------------------------------------
-
 
 
 @pytest.fixture(scope="session")
@@ -2287,7 +2283,7 @@ def small_model(*heads):
 
 
 def random_batch(*shape):
-    """Random frames, and texts of this shape: (B, L) or (B, A, L)."""
+    """Random frames, and texts of this shape, (B, A, L)."""
     torch.manual_seed(1)
     B = shape[0]
     frames = torch.randint(256, (B, 3, 3, 32, 32), dtype=torch.uint8)
@@ -2408,7 +2404,7 @@ def test_missing_clips_rank_behind_all_others(judge):
 def test_second_vcr_head_scores_rationales():
     model = small_model("rank", "rank2")
     batch = random_batch(2, 4, 6)
-    batch["second"] = torch.tensor([False, True])
+    batch["is_rationale"] = torch.tensor([False, True])
     scores = option_scores(model, batch, ("rank", "rank2"))
     first = option_scores(model, batch, ("rank",))
     second = option_scores(model, batch, ("rank2",))
@@ -2426,7 +2422,7 @@ def test_zero_shot_is_the_rank_head_before_training():
 
 def test_views_average_cosines():
     model = small_model("contrast")
-    batch = random_batch(2, 5)
+    batch = random_batch(2, 1, 5)
     views = [batch["frames"], batch["frames"] // 8]
     cosines = 0
     for frames in views:
@@ -2448,7 +2444,7 @@ def test_zero_shot_actions_score_a_sentence_for_each_class(run, toy):
     model, checkpoint = eval.open_checkpoint("run")
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     names = read_answers(folder)
-    spec = eval.input_spec(BENCHMARKS["hmdb51"], model.config, tokenizer, names)
+    spec = InputSpec(BENCHMARKS["hmdb51"], model.config, tokenizer, names)
     frames = data.VideoTextDataset(folder, "val", spec)[0, 0]["frames"]
     scores = {}
     for name in names:
@@ -2643,7 +2639,7 @@ def test_rank_and_matching_losses_by_hand():
         "input_ids": scores[:, :, None],
         "attention_mask": scores[:, :, None] >= 0,
         "target": torch.tensor([0, 0])}
-    losses = train.retrieval_losses(FakeModel(), batch, vtm=True)
+    losses = train.retrieval_losses(FakeModel(), batch)
     matching = softplus(-2) + softplus(2) + softplus(0) + softplus(1)
     assert losses["matching"].item() == pytest.approx(0.5 * matching / 4)
     rank = math.log(3) + math.log(1 + 2 * math.e)
@@ -2658,13 +2654,13 @@ def test_pretraining_reads_masked_words_alone():
     batch["target"] = torch.tensor([0, 1])
     batch["masked"] = torch.tensor([1, 3, 11])
     batch["labels"] = torch.tensor([7, 9, 8])
-    losses = train.pretrain_losses(model, batch, contrast=True)
+    losses = train.pretrain_losses(model, batch)
     frames = batch["frames"]
     to_match, masked, caption = batch["input_ids"].unbind(dim=1)
     match = model.task_heads["matching"](model(frames, to_match).pooled)
     text = model(frames, masked).text                       # (2, 6, D)
     words = model.task_heads["mlm"](text[[0, 0, 1], [1, 3, 5]])
-    plain = {"frames": frames, "input_ids": caption, "attention_mask": None}
+    plain = {**batch, "input_ids": caption[:, None]}
     torch.testing.assert_close(losses, {
         "matching": F.cross_entropy(match, batch["target"]),
         "mlm": F.cross_entropy(words, batch["labels"]),
@@ -2766,9 +2762,9 @@ def test_actions_train_pooler_and_head_alone(run, toy):
 def test_pretraining_mixes_videos_and_pictures(run, toy, monkeypatch):
     frames = set()
 
-    def spy(model, batch, contrast, losses=train.pretrain_losses):
+    def spy(model, batch, losses=train.pretrain_losses):
         frames.add(batch["frames"].shape[1])
-        return losses(model, batch, contrast)
+        return losses(model, batch)
 
     monkeypatch.setattr(train, "pretrain_losses", spy)
     run(f"train.py --data {toy('webvid')},{toy('cc3m')} --steps 6")
@@ -2802,9 +2798,9 @@ def test_accumulation_equals_one_batch():
     trained = []
     for micro_batches in ([], [batch], [first, second]):
         model = small_model("rank")
-        losses = train.Losses(model, BENCHMARKS["msrvtt-mc"], contrast=False, vtm=False)
+        losses = train.Losses(model, BENCHMARKS["msrvtt-mc"])
         optimizer = torch.optim.SGD(model.parameters(), lr=1)
-        train.train_step(losses, optimizer, micro_batches, world=1, amp=False)
+        train.train_step(losses, optimizer, micro_batches, amp=False)
         trained.append(model.task_heads["rank"].weight)
     untrained, one, two = trained
     torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
@@ -3083,10 +3079,6 @@ def torchrun(cwd, code):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-PAIR = {"vqa": "msrvtt-qa", "retrieval": "msrvtt", "pretrain": "webvid"}
-
-
-
 # Flags of the one process that must train like two. A loss is a plain mean: two processes average
 # over masked words as two micro-batches do.
 PAIR = {"msrvtt-qa": "", "msrvtt": "", "webvid": "--accum 2"}
@@ -3100,7 +3092,7 @@ def pair(toy, tmp_path_factory):
     flags = "--steps 4 --batch 8 --out"
     training = "".join(f"run(train, '--data {toy(name)} {flags} {name}')\n" for name in PAIR)
     stopped = torchrun(cwd, training + f"""
-def stop(seed, step, rank):
+def stop(seed, step):
     if step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -3109,8 +3101,8 @@ run(train, "--data {toy('msrvtt-qa')} {flags} stopped")
 """)
     evaluation = "".join(f"run(eval, '{name} --batch 4')\n" for name in PAIR)
     failed = torchrun(cwd, evaluation + f"""
-def fail(seed, step, rank):
-    if rank == 1:
+def fail(seed, step):
+    if allinone.RANK == 1:
         raise allinone.UserError("the cause")
 
 run(train, "--data {toy('msrvtt-qa')} {flags} stopped --resume")

@@ -21,8 +21,8 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 
-from allinone import (SIZES, AllInOne, Config, UserError, count_parameters, init_narrow,
-                      load_checkpoint, load_weights, lock_folder, print0, process_rank, progress,
+from allinone import (RANK, SIZES, WORLD, AllInOne, Config, UserError, count_parameters,
+                      init_narrow, load_checkpoint, load_weights, lock_folder, print0, progress,
                       run_main, save_checkpoint, write_file)    # first: it prepares torch
 
 import numpy as np
@@ -31,10 +31,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (BatchSampler, MixedDataset, Tokenizer, VideoTextDataset, benchmark_of,
+from data import (BatchSampler, InputSpec, MixedDataset, Tokenizer, VideoTextDataset, benchmark_of,
                   check_shared_memory, has_split, make_loader, manifest_info, read_answers)
 from eval import (Loading, answer_scores, check_positive, check_workers, default_workers,
-                  embeddings, evaluate, evaluate_folder, format_metrics, input_spec, join_processes,
+                  embeddings, evaluate, evaluate_folder, format_metrics, join_processes,
                   open_checkpoint, option_scores, pick_device, pretrain_scores, read_texts,
                   to_device)
 
@@ -47,19 +47,17 @@ class Losses(nn.Module):
     """The losses of a batch, as a forward pass that DistributedDataParallel and torch.compile can
     wrap. Each loss is a plain mean; the total is their sum."""
 
-    def __init__(self, model, benchmark, contrast, vtm):
+    def __init__(self, model, benchmark):
         super().__init__()
         self.model = model
         self.benchmark = benchmark
-        self.contrast = contrast
-        self.vtm = vtm
 
     def forward(self, batch):
         task = self.benchmark.task
         if task == "retrieval":
-            return retrieval_losses(self.model, batch, self.vtm)
+            return retrieval_losses(self.model, batch)
         if task == "pretrain":
-            return pretrain_losses(self.model, batch, self.contrast)
+            return pretrain_losses(self.model, batch)
         if task in ("vqa", "action"):
             scores = answer_scores(self.model, batch)
         else:
@@ -77,8 +75,7 @@ def contrastive_loss(text, video):
     """Cross-entropy over rows plus over columns of the cosines; text, video (B, E) unit vectors.
     As released, both terms are added, not averaged. With --accum the negatives are those of one
     micro-batch. Differs: with several processes all their pairs are negatives."""
-    rank, _ = process_rank()
-    own = rank * len(text) + torch.arange(len(text), device=text.device)
+    own = RANK * len(text) + torch.arange(len(text), device=text.device)
     by_text = text @ gather_rows(video).T / TEMPERATURE
     by_video = video @ gather_rows(text).T / TEMPERATURE
     return F.cross_entropy(by_text.float(), own) + F.cross_entropy(by_video.float(), own)
@@ -103,33 +100,30 @@ class GatherRows(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def retrieval_losses(model, batch, vtm):
-    """Contrast; with vtm also the rank loss (the clip's caption against drawn ones) and, at half
+def retrieval_losses(model, batch):
+    """Contrast; with --vtm also the rank loss (the clip's caption against drawn ones) and, at half
     weight, matching: the caption belongs to the clip, the first drawn one does not.
     Differs: the released code draws another clip for matching, not another caption."""
-    if not vtm:
-        return {"contrast": contrastive_loss(*embeddings(model, batch))}
-    caption = {"frames": batch["frames"], "input_ids": batch["input_ids"][:, 0],
-               "attention_mask": batch["attention_mask"][:, 0]}
+    losses = {"contrast": contrastive_loss(*embeddings(model, batch))}
+    if "rank" not in model.task_heads:
+        return losses
     B, A, _ = batch["input_ids"].shape
     pooled = read_texts(model, batch).pooled
     scores = model.task_heads["rank"](pooled).view(B, A)
     match = model.task_heads["matching"](pooled).view(B, A, 2)[:, :2].flatten(0, 1)
     is_own = torch.tensor([1, 0], device=match.device).repeat(B)
-    return {"contrast": contrastive_loss(*embeddings(model, caption)),
-            "rank": cross_entropy(scores, batch["target"]),
-            "matching": 0.5 * cross_entropy(match, is_own)}
+    losses["rank"] = cross_entropy(scores, batch["target"])
+    losses["matching"] = 0.5 * cross_entropy(match, is_own)
+    return losses
 
 
-def pretrain_losses(model, batch, contrast):
-    """Matching and masked words."""
+def pretrain_losses(model, batch):
+    """Matching and masked words; with --contrast also contrast, of the caption as it is."""
     match, words = pretrain_scores(model, batch)
     losses = {"matching": cross_entropy(match, batch["target"]),
               "mlm": cross_entropy(words, batch["labels"])}
-    if contrast:
-        caption = {"frames": batch["frames"], "input_ids": batch["input_ids"][:, 2],
-                   "attention_mask": batch["attention_mask"][:, 2]}
-        losses["contrast"] = contrastive_loss(*embeddings(model, caption))
+    if "contrast" in model.task_heads:
+        losses["contrast"] = contrastive_loss(*embeddings(model, batch, number=2))
     return losses
 
 
@@ -172,10 +166,9 @@ class Data:
     def open(self, split, args):
         datasets = []
         for folder, benchmark in zip(self.folders, self.benchmarks):
-            train = split == "train"
-            more = {"negatives": benchmark.negatives if self.vtm else 0, "views": benchmark.views}
-            spec = input_spec(benchmark, self.config, self.tokenizer, self.answers, **more)
-            datasets.append(VideoTextDataset(folder, split, spec, train, args.seed))
+            spec = InputSpec(benchmark, self.config, self.tokenizer, self.answers,
+                             benchmark.negatives if self.vtm else 0)
+            datasets.append(VideoTextDataset(folder, split, spec, split == "train", args.seed))
         return datasets
 
 
@@ -187,7 +180,7 @@ def find_folders(args):
         raise UserError(f"give --data FOLDER, or --task for the toy world: {', '.join(TOY)}")
     from tools.toy import make_toy
     name = TOY[args.task][0]
-    if process_rank()[0] == 0:
+    if RANK == 0:
         make_toy("data/toy", [name])
     wait_for_all()
     return [os.path.abspath(f"data/toy/{name}")]
@@ -278,7 +271,7 @@ def make_recipe(args, data):
     if not data.toy:
         lr = benchmark.lr
         usual = benchmark.batch
-    pieces = args.accum * process_rank()[1]
+    pieces = args.accum * WORLD
     lengths = [len(part) for part in data.train.parts]
     batch = min(args.batch or usual, min(lengths) // pieces * pieces)
     if batch == 0:
@@ -339,12 +332,12 @@ class RunFolder:
         """Make the folder, or find it with the same settings. self.last is its last checkpoint."""
         self.folder = folder
         self.last = {"step": 0, "best": -math.inf, "bad": [], "logged": 0}
-        if process_rank()[0] == 0:
+        if RANK == 0:
             self.claim(settings, resume)
         wait_for_all()
         if resume and os.path.exists(self.path("last.pt")):
             self.last |= load_checkpoint(self.path("last.pt"))
-        if process_rank()[0] == 0:
+        if RANK == 0:
             self.cut_log()
 
     def path(self, name):
@@ -398,12 +391,12 @@ class RunFolder:
                             "go on with --resume") from None
 
     def log(self, line):
-        if process_rank()[0] == 0:
+        if RANK == 0:
             self.append("metrics.jsonl", json.dumps(line))
 
     def save(self, name, model, data, **about):
         """A checkpoint that needs no flags: it carries tokenizer, answers and folders."""
-        if process_rank()[0] > 0:
+        if RANK > 0:
             return
         logged = os.path.getsize(self.path("metrics.jsonl"))
         save_checkpoint(self.path(name), model, logged=logged, answers=data.answers,
@@ -427,7 +420,7 @@ def run_settings(args, data, recipe):
     """What must be equal for a resumed run to be the same run."""
     return {"names": data.names, "rows": [part.rows.crc for part in data.train.parts],
             "model": asdict(data.config), "recipe": asdict(recipe), "init": args.init,
-            "accum": args.accum, "processes": process_rank()[1],
+            "accum": args.accum, "processes": WORLD,
             "threads": torch.get_num_threads(), "seed": args.seed, "amp": args.amp,
             "contrast": args.contrast, "vtm": data.vtm,
             "answers": zlib.crc32("\n".join(data.answers).encode()),
@@ -453,7 +446,7 @@ class StopSignal:
 
     def ask(self, number, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)    # a second Ctrl-C ends at once
-        if process_rank()[0] > 0:
+        if RANK > 0:
             sys.excepthook = lambda *details: None      # no traceback when the first has ended
             return
         self.asked = True
@@ -493,13 +486,13 @@ class BadClips:
                             "data again")
 
 
-def train_step(losses, optimizer, micro_batches, world, amp):
+def train_step(losses, optimizer, micro_batches, amp):
     """One optimiser step over micro-batches. Returns {name: loss}, means of this process."""
     count = len(micro_batches)
     means = {}
     for n, batch in enumerate(micro_batches):
         # Gradients of all processes are averaged once, after the last micro-batch.
-        waits = world > 1 and n + 1 < count
+        waits = WORLD > 1 and n + 1 < count
         device = batch["frames"].device.type
         with losses.no_sync() if waits else contextlib.nullcontext():
             with torch.autocast(device, torch.bfloat16, enabled=amp):
@@ -543,13 +536,12 @@ def chance_losses(data, pairs):
 
 def loop(args, data, recipe, model, optimizer, run, device):
     """Train from the last checkpoint on; validate and save on the way."""
-    rank, world = process_rank()
     run.restore(model, optimizer)
     step = run.last["step"]
     best = run.last["best"]
-    losses = wrap(Losses(model, data.benchmark, args.contrast, data.vtm), args, data, device)
+    losses = wrap(Losses(model, data.benchmark), args, data, device)
     lengths = [len(part) for part in data.train.parts]
-    sampler = BatchSampler(lengths, recipe.batch, args.seed, args.accum, rank, world, step)
+    sampler = BatchSampler(lengths, recipe.batch, args.seed, args.accum, RANK, WORLD, step)
     check_shared_memory(data.train.parts[0].spec, recipe.batch // sampler.pieces, args.workers)
     batches = make_loader(data.train, sampler, args.workers, data.tokenizer.pad)
     loading = Loading(min(recipe.batch, 64), args.workers, args.amp, allow_missing=True)
@@ -564,7 +556,7 @@ def loop(args, data, recipe, model, optimizer, run, device):
     while step < recipe.steps:
         logs = (step + 1) % max(1, recipe.steps // 40) == 0 or step + 1 == recipe.steps
         ends = (step + 1) % max(recipe.epoch, recipe.steps // 20) == 0 or step + 1 == recipe.steps
-        seed_step(args.seed, step, rank)
+        seed_step(args.seed, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, recipe)
         asked = time.perf_counter()
@@ -576,7 +568,7 @@ def loop(args, data, recipe, model, optimizer, run, device):
         for n, batch in enumerate(micro_batches):
             bad.note(batch)
             micro_batches[n] = to_device(batch, device)
-        means = train_step(losses, optimizer, micro_batches, world, args.amp)
+        means = train_step(losses, optimizer, micro_batches, args.amp)
         step += 1
         if logs or device.type == "cpu":        # on a GPU, reading a number makes the CPU wait
             means = mean_over_processes(means, device)
@@ -614,7 +606,7 @@ def wrap(losses, args, data, device):
     """For torch.compile and several processes."""
     if args.compile:
         losses = torch.compile(losses)
-    if process_rank()[1] > 1:
+    if WORLD > 1:
         # Contrast alone leaves the pooler, and time=0 the time embeddings, without gradients.
         unused = data.benchmark.task == "retrieval" or not data.config.time
         devices = [device] if device.type == "cuda" else None
@@ -623,9 +615,9 @@ def wrap(losses, args, data, device):
     return losses
 
 
-def seed_step(seed, step, rank):
-    """All randomness of a step depends on these three numbers: nothing to store for --resume."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+def seed_step(seed, step):
+    """All randomness of a step depends on these numbers: nothing to store for --resume."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, RANK)).generate_state(1)[0]))
 
 
 def log_line(step, recipe, means, chance, lr, speed):
@@ -661,7 +653,7 @@ def test(run, data, args, device):
             continue
         metrics, table, _ = evaluate_folder(model, checkpoint, folder, None, loading)
         figures[name if name not in figures else folder] = {"metrics": metrics, "table": table}
-    if process_rank()[0] == 0:
+    if RANK == 0:
         write_file(run.path("test.json"), json.dumps(figures, indent=1, allow_nan=False))
 
 

@@ -45,10 +45,10 @@ from torch import nn
 
 import allinone
 from allinone import SIZES, AllInOne, UserError, make_head, multiply_adds, printable, run_main
-from data import (BENCHMARKS, SPECIAL, BatchSampler, Manifest, MixedDataset, Tokenizer,
+from data import (BENCHMARKS, SPECIAL, BatchSampler, InputSpec, Manifest, MixedDataset, Tokenizer,
                   VideoTextDataset, check_shared_memory, frame_indices, make_loader, read_frames,
                   wordpiece)
-from eval import check_positive, input_spec, pick_device, to_device
+from eval import check_positive, pick_device, to_device
 from train import Losses, make_optimizer, seed_step, train_step
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -97,11 +97,11 @@ def train(losses, optimizer, batches, device, steps):
     waited for batches."""
     waited = 0.0
     for step in range(steps):
-        seed_step(0, step, 0)
+        seed_step(0, step)
         start = perf_counter()
         batch = next(batches)
         waited += perf_counter() - start
-        train_step(losses, optimizer, [to_device(batch, device)], 1, device == "cuda")
+        train_step(losses, optimizer, [to_device(batch, device)], device == "cuda")
     return waited
 
 
@@ -205,7 +205,7 @@ def make_ways(size):
         torch.set_num_threads(1)                            # as train.py does
     config = replace(SIZES[size], roll="block", dropout=0.1, drop_path=0.1)
     model = AllInOne(config, ("matching", "mlm"))
-    ways = {"ours": Ours(model, BENCHMARKS["webvid"], False, False), "plain": Plain(model)}
+    ways = {"ours": Ours(model, BENCHMARKS["webvid"]), "plain": Plain(model)}
     try:
         ways["ViLT"] = Vilt(config)
     except ImportError:
@@ -272,7 +272,7 @@ def bench_cpu(config, ways, B):
         print_times(f"forward, {L} words", times, 2 * B * multiply_adds(config, L) / peak)
     for name, way in ways.items():
         optimizer = make_optimizer(way.train(), RATES)
-        runs[name] = partial(train_step, way, optimizer, [batch], 1, False)
+        runs[name] = partial(train_step, way, optimizer, [batch], False)
         runs[name]()
     times = take_turns(runs, perf_counter, 60)
     print_times("training step", times, B * step_flops(config) / peak)
@@ -395,7 +395,7 @@ class NoVideo(VideoTextDataset):
 def open_loader(kind, folder, config, batch, workers):
     vocabulary = {word: n for n, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(wordpiece(vocabulary))
-    spec = input_spec(BENCHMARKS["webvid"], config, tokenizer, [])
+    spec = InputSpec(BENCHMARKS["webvid"], config, tokenizer, [])
     rows = kind(folder, "train", spec, train=True)
     sampler = BatchSampler([len(rows)], batch, seed=0)
     check_shared_memory(spec, batch, workers)

@@ -20,12 +20,13 @@ import re
 import statistics
 import textwrap
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from allinone import SIZES, AllInOne, UserError, printable, run_main
+from allinone import SIZES, AllInOne, Config, UserError, printable, run_main
 from data import (BENCHMARKS, InputSpec, VideoTextDataset, benchmark_of, captions_of,
                   read_answers)
 from eval import check_positive
@@ -304,7 +305,8 @@ def draw_sheet(folder, split, count):
     """`count` clips at random, their T frames as evaluation sees them, and their texts."""
     _, benchmark = benchmark_of(folder)
     answers = read_answers(folder) if benchmark.task == "action" else []
-    spec = InputSpec(benchmark.task, None, 0, benchmark.frames, image=128)
+    config = Config(image=128, frames=benchmark.frames)
+    spec = InputSpec(replace(benchmark, views=1), config, None, answers)
     dataset = VideoTextDataset(folder, split, spec)
     chosen = {}
     for i in np.random.default_rng(0).permutation(len(dataset)):

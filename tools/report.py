@@ -17,13 +17,14 @@ import json
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from allinone import UserError, count_parameters, run_main, write_file
-from data import Tokenizer, VideoTextDataset, benchmark_of, captions_of
-from eval import (Loading, check_positive, default_workers, evaluate_folder, input_spec,
-                  open_checkpoint, pick_device)
+from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of
+from eval import (Loading, check_positive, default_workers, evaluate_folder, open_checkpoint,
+                  pick_device)
 from rolling import roll_groups, roll_tokens
 from tools.toy import encode_picture
 
@@ -137,7 +138,8 @@ def page_data(model, checkpoint, folder, split, count, loading):
     name, benchmark = benchmark_of(folder)
     retrieval = benchmark.task == "retrieval"
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
-    spec = input_spec(benchmark, model.config, tokenizer, checkpoint["answers"])
+    answers = checkpoint["answers"]
+    spec = InputSpec(replace(benchmark, views=1), model.config, tokenizer, answers)
     dataset = VideoTextDataset(folder, split, spec)
     first_row = {}
     for i, record in enumerate(records):
