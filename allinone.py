@@ -205,7 +205,7 @@ def make_head(name, config):
         dropout = nn.Dropout(config.dropout)
         return nn.Sequential(dropout, nn.Linear(D, 256), nn.LayerNorm(256), nn.GELU(),
                              nn.Linear(256, 1))
-    if name in ("rank", "rank2"):                           # one score for a text; see init_weights()
+    if name in ("rank", "rank2"):                           # one score for a text
         return nn.Linear(D, 1)
     if name == "contrast":
         return nn.ModuleDict({"text": nn.Linear(D, config.embed),

@@ -193,7 +193,7 @@ def _read_file(path, pick, convert, listings=None, trust=True):
 @contextmanager
 def _open(path, **codec_options):
     """Opens a file; gives its first video stream that is not cover art."""
-    if not os.path.isfile(path):                                # a pipe would block for ever
+    if not os.path.isfile(path):                                # opening a pipe would block
         raise VideoError(f"{path}: no such file")
     options = dict(OPEN_OPTIONS)
     if str(path).lower().endswith(".gif"):
@@ -576,7 +576,7 @@ def _load_or_list(path, stream, folder, trust):
     if folder is None:
         return _list_packets(path, stream)
     file = _listing_file(path, folder)
-    with suppress(Exception):       # it is absent, or damaged in whatever way
+    with suppress(Exception):       # absent or damaged: list again
         if trust:
             with np.load(file, allow_pickle=False) as kept:
                 return _Listing(**{name: kept[name].cumsum() for name in kept.files}), []
@@ -707,7 +707,7 @@ BENCHMARKS = {
         **LINEAR, dataset="k400", lr=3e-4, frames=8, answers=400, rows={"test": 19906},
         chance=1 / 400, rerun="52.3", paper="50.8"),
 }
-# One's own data follows the recipe of the benchmark that is most like it.
+# Your own data follows the recipe of the benchmark that is most like it.
 OWN = {"vqa": "msrvtt-qa", "choice": "tgif-action", "vcr": "vcr", "retrieval": "msrvtt",
        "pretrain": "webvid", "action": "hmdb51"}
 
@@ -726,7 +726,8 @@ ROW_FIELDS = {"id", "video", "question", "answer", "options", "caption", "captio
 
 
 def manifest_info(folder):
-    """dataset.json of a prepared folder, {} for one's own data. Raises UserError for no data."""
+    """dataset.json of a prepared folder, {} for your own data. Raises UserError if the
+    folder holds no data."""
     path = os.path.join(folder, "dataset.json")
     if not os.path.exists(path):
         if has_split(folder, "train") or has_split(folder, "test"):
@@ -802,7 +803,7 @@ def line_offsets(path):
                         "tools/prepare.py writes it") from None
     kept = f"{path}.offsets.npy"
     key = [stat.st_size, stat.st_mtime_ns]
-    with suppress(Exception):        # absent or damaged in whatever way: made anew
+    with suppress(Exception):        # absent or damaged: made again
         saved = np.load(kept, allow_pickle=False)
         if saved.dtype == np.int64 and saved.ndim == 1 and saved[:2].tolist() == key:
             return saved[3:], int(saved[2])
@@ -893,7 +894,7 @@ def are_numbers(value, count):
 
 
 def benchmark_of(folder, task=None):
-    """(name, Benchmark) of a folder. One's own data has the folder's name, and the recipe of the
+    """(name, Benchmark) of a folder. Your own data has the folder's name, and the recipe of the
     benchmark that is most like it. Raises UserError if the folder is not for `task`."""
     name = manifest_info(folder).get("benchmark")
     if name is None:
@@ -912,7 +913,7 @@ def captions_of(row):
 
 
 def read_answers(folder):
-    """The closed answer list of a folder: line number = class. Where one's own data has no
+    """The closed answer list of a folder: line number = class. Where your own data has no
     answers.txt: the answers of train, the most frequent first."""
     path = os.path.join(folder, "answers.txt")
     if not os.path.exists(path):
@@ -1118,9 +1119,10 @@ class VideoTextDataset(torch.utils.data.Dataset):
         spec = self.spec
         views = 1 if self.train else spec.benchmark.views
         place = rng.random(2).tolist() if self.train else (0.5, 0.5)
-        frames = read_frames(os.path.join(self.rows.root, row["video"]),
-                             partial(pick_frames, row=row, T=spec.frames, views=views, rng=rng),
-                             spec.config.image, place, boxes=row.get("boxes", ()), listings=self.listings)
+        path = os.path.join(self.rows.root, row["video"])
+        pick = partial(pick_frames, row=row, T=spec.frames, views=views, rng=rng)
+        frames = read_frames(path, pick, spec.config.image, place, boxes=row.get("boxes", ()),
+                             listings=self.listings)
         return frames.unflatten(0, (views, spec.frames)) if views > 1 else frames
 
     def text(self, row, rng):

@@ -450,7 +450,8 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use cpu") from None
+        cause = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {cause:.60}; use cpu, cuda or cuda:NUMBER") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -580,8 +581,8 @@ def default_workers():
     return min(8, (os.cpu_count() or 2) // 2)
 
 
-def open_checkpoint(path):
-    """A checkpoint file, or best.pt of a run folder: (model, checkpoint)."""
+def read_checkpoint(path):
+    """load_checkpoint of a file, or of best.pt in a run folder."""
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "best.pt")):
             raise UserError(f"{path} is no run folder: it holds no best.pt; train one with: python "
@@ -589,7 +590,13 @@ def open_checkpoint(path):
         path = os.path.join(path, "best.pt")
     checkpoint = load_checkpoint(path)
     checkpoint.setdefault("name", os.path.basename(path))
-    return build_model(checkpoint), {**checkpoint, "path": path}
+    return {**checkpoint, "path": path}
+
+
+def open_checkpoint(path):
+    """(model, checkpoint) of a file or a run folder."""
+    checkpoint = read_checkpoint(path)
+    return build_model(checkpoint), checkpoint
 
 
 def main():

@@ -35,8 +35,8 @@ from data import (BatchSampler, InputSpec, MixedDataset, Tokenizer, VideoTextDat
                   check_shared_memory, has_split, make_loader, manifest_info, read_answers)
 from eval import (Loading, answer_scores, check_positive, check_workers, default_workers,
                   embeddings, evaluate, evaluate_folder, format_metrics, join_processes,
-                  open_checkpoint, option_scores, pick_device, pretrain_scores, read_texts,
-                  to_device)
+                  open_checkpoint, option_scores, pick_device, pretrain_scores, read_checkpoint,
+                  read_texts, to_device)
 
 # ---- losses --------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class Data:
         self.config = make_config(args, init, self)
         self.toy = self.config.width == SIZES["toy"].width
         self.train = MixedDataset(self.open("train", args))
-        self.val = []                           # one's own data may do without
+        self.val = []                           # your own data may have none
         if all(has_split(folder, "val") for folder in self.folders):
             self.val = self.open("val", args)
 
@@ -673,7 +673,8 @@ def arguments():
          "each process of torchrun (here %(default)s)")
     model = parser.add_argument_group("model").add_argument
     model("--size", choices=SIZES, help="default: that of --init, else toy")
-    model("--init", metavar="FILE", help="a checkpoint to start from (default: random weights)")
+    model("--init", metavar="RUN", help="a run folder or a checkpoint to start from (default: "
+          "random weights)")
     model("--frames", type=int, help="T, frames of a clip (default: the recipe's)")
     model("--roll", choices=("spread", "block", "none"), help="which tokens roll (default: spread)")
     model("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other fields of the model: "
@@ -710,7 +711,7 @@ def main():
     check_flags(args)
     device = pick_device(None)
     join_processes(device)
-    init = load_checkpoint(args.init) if args.init else None
+    init = read_checkpoint(args.init) if args.init else None
     data = Data(args, init)
     if data.toy:
         torch.set_num_threads(1)                # its matrices are too small to share

@@ -346,6 +346,7 @@ def main():
             for cells in table_rows(group_runs(runs)):
                 print(printable(f"| {' | '.join(cells)} |"))
         case ["figures", folder, *runs]:
+            os.makedirs(folder, exist_ok=True)
             save(draw_roll(), f"{folder}/roll.svg")
             save(draw_sequence(), f"{folder}/sequence.svg")
             save_animation(f"{folder}/spread.gif")

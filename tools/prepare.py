@@ -883,7 +883,7 @@ def fill(folder, name, root, check, say):
     parts = () if "val" in marks else ("val",)
     if marks == {None}:
         parts = ("val", "test")
-    say(f"held out of train: {', '.join(parts) or 'nothing'}")
+    say(f"made from train: {' and '.join(parts) or 'nothing'}")
     problems = find_problems(root, set().union(*clips.values()), check)
     moved = hold_out(clips["train"] - problems.keys(), parts)
     counts = write_rows(folder, read_all(root, name), problems, moved)
@@ -967,6 +967,8 @@ def main():
     parser.add_argument("--no-check", action="store_true", help="do not open the clips")
     args = parser.parse_args()
     own = args.name.endswith(".jsonl") and not args.root
+    if own and not os.path.isfile(args.name):
+        raise UserError(f"{args.name}: there is no such file")
     if not own and not (args.name in READERS and args.root):
         raise UserError(f"{args.name}: give a benchmark and the folder of its owners' files, or a "
                         "file of your own whose name ends in .jsonl, with one JSON object a line; "

@@ -187,8 +187,8 @@ def main():
     add("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
     args = parser.parse_args()
     check_positive(args, "rows")
-    if not Path(args.page).absolute().parent.is_dir():
-        raise UserError(f"{args.page}: there is no such folder; make it first")
+    if Path(args.page).is_dir() or not Path(args.page).absolute().parent.is_dir():
+        raise UserError(f"PAGE {args.page}: give a file to write, in a folder that exists")
     model, checkpoint = open_checkpoint(args.run)
     folders = [args.data] if args.data else checkpoint.get("data")
     if not folders:

@@ -671,7 +671,7 @@ def test_wrong_arguments_are_one_line(monkeypatch, arguments, message):
         tool.main()
 
 
-# ---- one's own file ------------------------------------------------------------------------------
+# ---- your own file -------------------------------------------------------------------------------
 
 
 def own(root, rows):

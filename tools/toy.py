@@ -34,6 +34,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import string
@@ -674,8 +675,8 @@ def write_tvqa(w):
 
 def tvqa_questions(w, scene):
     """(question, options, answer) each."""
-    told = w.caption_options(scene, lambda scene: f"it {say(scene)}")
-    yield f"what does the {scene.actor.shape} do?", *told
+    events = w.caption_options(scene, lambda scene: f"it {say(scene)}")
+    yield f"what does the {scene.actor.shape} do?", *events
     colors = [scene.at(when)[0].color for when in (0, 1)]
     for question, answer in questions(scene):
         if answer in COLORS:
@@ -721,7 +722,7 @@ def write_lsmdc(w):
         ("annos_val", "valid", 200),
         ("challenge_1000_publictect", "test_randomized", 400)
     ):
-        told = []
+        captions = []
         asked = []
         for scene, look in w.clips(count, pairs=choices != "train"):
             n = next(w.ids)
@@ -732,13 +733,13 @@ def write_lsmdc(w):
             w.add(f"avi/{movie}/{name}.avi", scene, look)
             row = (name, *span, *span)
             quote = '"' if n // 2 % 8 == 0 else ""
-            told.append((*row, quote + caption(scene)))
+            captions.append((*row, quote + caption(scene)))
             options, answer = w.caption_options(scene)
             if choices == "test_randomized":
                 asked.append((*row, *options, answer + 1))
             else:
                 asked.append((*row, options.pop(answer), *options))
-        w.save(f"LSMDC16_{file}.csv", told, **TABS)
+        w.save(f"LSMDC16_{file}.csv", captions, **TABS)
         w.save(f"LSMDC16_multiple_choice_{choices}.csv", asked, **TABS)
 
 
@@ -1080,7 +1081,7 @@ def main():
         if folder.exists():
             print(f"{folder} exists and stays as it is: delete it to make it again")
         make_toy(args.root, [name], args.seed)
-        print(f"next: python train.py --data {folder}")
+        print(f"next: python train.py --data {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":
