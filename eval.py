@@ -60,20 +60,20 @@ def recalls(rank, clips, direction):
 
 def answer_scores(model, batch):
     """(B, A) over the answer list."""
-    return model.task_heads["answer"](read_texts(model, batch).pooled)
+    return model.task_heads["answer"](read_texts(model, batch))
 
 
-def read_texts(model, batch, queries=1):
-    """Read every clip with each of its A texts, input_ids (B, A, L). -> Output with B * A rows."""
+def read_texts(model, batch):
+    """Read every clip with each of its A texts, input_ids (B, A, L). -> pooled (B * A, D)."""
     ids = batch["input_ids"]
     mask = batch["attention_mask"]
     video = model.embed_frames(batch["frames"]).repeat_interleave(ids.shape[1], dim=0)
-    return model.fuse(video, ids.flatten(0, 1), mask.flatten(0, 1), queries)
+    return model.fuse(video, ids.flatten(0, 1), mask.flatten(0, 1), queries=1).pooled
 
 
 def option_scores(model, batch, heads):
     """(B, A) over the options. heads: that of the benchmark, and VCR's second for QA->R."""
-    pooled = read_texts(model, batch).pooled
+    pooled = read_texts(model, batch)
     B, A, _ = batch["input_ids"].shape
     scores = text_score(model, pooled, heads[0]).view(B, A)
     if len(heads) == 2:
@@ -93,14 +93,14 @@ def text_score(model, pooled, head):
 
 def pretrain_scores(model, batch):
     """(match (B, 2), words (M, V)): does the first text belong to the clip; what are the M masked
-    words of the second? Both are read as one batch, so that the frames are embedded once."""
-    B, _, L = batch["input_ids"].shape
-    two = {"frames": batch["frames"], "input_ids": batch["input_ids"][:, :2],
-           "attention_mask": batch["attention_mask"][:, :2]}
-    out = read_texts(model, two, queries=L)                 # rows: to match, masked, to match, ...
-    text = out.text[1::2].flatten(0, 1)                     # (B*L, D)
-    words = model.task_heads["mlm"](text[batch["masked"]])  # only where a word is masked
-    return model.task_heads["matching"](out.pooled[::2]), words
+    words of the second?"""
+    to_match, masked = batch["input_ids"][:, :2].unbind(dim=1)          # each (B, L)
+    match_mask, masked_mask = batch["attention_mask"][:, :2].unbind(dim=1)
+    video = model.embed_frames(batch["frames"])             # once, for both
+    pooled = model.fuse(video, to_match, match_mask, queries=1).pooled
+    text = model.fuse(video, masked, masked_mask, queries=masked.shape[1]).text
+    words = text.flatten(0, 1)[batch["masked"]]             # the MLM head is large: no other words
+    return model.task_heads["matching"](pooled), model.task_heads["mlm"](words)
 
 
 def class_scores(model, batch, texts):
@@ -533,7 +533,7 @@ def ask(model, checkpoint, path, question, options, captions):
                         "choice; matching: pretrain)")
     with torch.inference_mode():
         if captions:
-            pooled = read_texts(model, batch).pooled
+            pooled = read_texts(model, batch)
             shares = model.task_heads["matching"](pooled).softmax(-1)[:, 1]
         elif options:
             head = "mc" if "mc" in model.task_heads else "rank"

@@ -108,7 +108,7 @@ def retrieval_losses(model, batch):
     if "rank" not in model.task_heads:
         return losses
     B, A, _ = batch["input_ids"].shape
-    pooled = read_texts(model, batch).pooled
+    pooled = read_texts(model, batch)
     scores = model.task_heads["rank"](pooled).view(B, A)
     match = model.task_heads["matching"](pooled).view(B, A, 2)[:, :2].flatten(0, 1)
     is_own = torch.tensor([1, 0], device=match.device).repeat(B)
