@@ -315,15 +315,17 @@ def evaluate_retrieval(model, dataset, loading):
     metrics |= recalls(clip_rank, len(rows), "video to text")
 
     cosines, columns = similarity.topk(min(TOP, len(clips)))
+    best = dict(zip(found, zip(columns.tolist(), cosines.tolist())))
     records = []
     for i, row in enumerate(rows):
-        records.append({"id": row["id"], "question_type": "", "truth": row["video"],
-                        "prediction": None, "score": None, "correct": False, "top": [],
-                        "options": all_clips})
-    for n, i in enumerate(found):
-        top = [(clips[c], round(s, 6)) for c, s in zip(columns[n].tolist(), cosines[n].tolist())]
-        rank = float(text_rank[i])
-        records[i] |= {"prediction": top[0][0], "score": rank, "correct": rank == 1, "top": top}
+        record = {"id": row["id"], "question_type": "", "truth": row["video"], "top": [],
+                  "prediction": None, "score": None, "correct": False, "options": all_clips}
+        if i in best:
+            record["top"] = [(clips[c], round(cosine, 6)) for c, cosine in zip(*best[i])]
+            record["prediction"] = record["top"][0][0]
+            record["score"] = float(text_rank[i])
+            record["correct"] = record["score"] == 1
+        records.append(record)
     return metrics, records
 
 
@@ -562,7 +564,7 @@ def arguments():
     add("--data", metavar="FOLDER", help="a prepared folder (default: that of the checkpoint)")
     add("--split", choices=("train", "val", "test"), help="default: test, else val")
     add("--predictions", metavar="FILE", help="write a JSON line for each row: id, prediction, "
-        "truth, score")
+        "truth, score (its probability; in retrieval the rank of the right clip)")
     add("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
     add("--batch", type=int, default=64, help="clips at a time (default 64)")
     add("--workers", type=int, default=default_workers(),

@@ -367,14 +367,14 @@ TEMPLATES = (
     "a {actor.color} {actor.shape} {does} on a {ground} ground",
     "there is a {actor.color} {actor.shape}, it {does}",
     "the {actor.color} {actor.shape} {goes}",
-    "a {actor.shape} {doing} on a {ground} ground",
-    "on a {ground} ground a {actor.color} shape {does}",
-    "a {actor.color} {actor.shape} {doing}",
+    "a {actor.shape} {doing}",
+    "a {actor.color} shape {does}",
     "the {actor.shape} {does}",
     "something {does}",
     "it {does}",
     "it {goes}",
     "a shape {doing}",
+    "{doing}",
     "{doing}, then nothing"
 )
 
