@@ -5,13 +5,14 @@ embedding, twelve blocks, and token rolling between frames (rolling.py).
 
     python allinone.py       the sizes: parameters, multiply-adds, time of one clip on this machine
 
-Read in order: Config, Attention, MLP, Block, AllInOne, the two ways to start, our checkpoints.
+Read in order: Config, Attention, MLP, Block, AllInOne, how weights start, our checkpoints.
 The last section holds what every script needs and no paper mentions: errors, files, progress.
 
 Axes, the same letters in every file:
     B clips   T frames   L text tokens   N visual tokens per frame, CLS included   S = L + N
     D width   H attention heads   K = D // H   R image side   P patch side
-    A answers or options   V vocabulary (in data.py: views)
+    A answers, or texts of a clip   V vocabulary   M masked tokens
+The losses are named contrast (in the paper VTC), matching (VTM) and mlm.
 """
 import io
 import os
@@ -49,7 +50,8 @@ from rolling import roll_groups, roll_tokens
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
-# The least and the greatest value of a field.
+# The least and the greatest value of a field. 3 tokens are [CLS], a word, [SEP]; 5 words are the
+# special ones. The upper limits only keep a damaged file from asking for all memory.
 LIMITS = {"width": (8, 8192), "layers": (1, 128), "heads": (1, 128), "image": (8, 2048),
           "patch": (1, 256), "frames": (1, 512), "text_length": (3, 4096), "vocab": (5, 2 ** 20),
           "answers": (0, 2 ** 20), "embed": (1, 8192), "fraction": (0, 1),
@@ -59,7 +61,7 @@ LIMITS = {"width": (8, 8192), "layers": (1, 128), "heads": (1, 128), "image": (8
 @dataclass(frozen=True)
 class Config:
     """The shape of a model. The defaults are the paper's base size (ViT-B/16, bert-base-uncased).
-    Raises UserError for values that no model can have."""
+    Raises UserError for values outside LIMITS."""
     width: int = 768                # D
     layers: int = 12
     heads: int = 12                 # H, attention heads
@@ -72,9 +74,9 @@ class Config:
     embed: int = 512                # width of the contrastive space
     roll: str = "spread"            # layout of the rolled tokens: spread, block or none
     fraction: float = 1 / 4         # share of the tokens that roll, half of it each way
-    roll_unimodal: bool = False     # roll also when the video is read without text (not released)
+    roll_unimodal: bool = False     # roll also when the video is read alone: not as released
     time: bool = True               # add time embeddings to the patches
-    dropout: float = 0.1            # after embeddings, attention and both MLP layers
+    dropout: float = 0.1            # after embeddings, attention, both MLP layers; in two heads
     drop_path: float = 0.1          # of the last block; rises linearly from 0 at the first
 
     def __post_init__(self):
@@ -90,7 +92,7 @@ class Config:
             raise UserError(f"config: width {self.width} is no multiple of heads {self.heads}")
         if self.image % self.patch:
             raise UserError(f"config: image {self.image} is no multiple of patch {self.patch}")
-        try:
+        try:                                            # for its checks of layout and fraction
             roll_groups(1, 1, self.fraction, self.roll)
         except ValueError as error:
             raise UserError(f"config: {error}") from None
@@ -114,7 +116,7 @@ SIZES = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention inside one frame."""
+    """Multi-head self-attention inside one frame, its words included."""
 
     def __init__(self, D, heads, dropout):
         super().__init__()
@@ -123,13 +125,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(D, D)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask, queries=None):
+    def forward(self, x, mask, num_queries=None):
         """x (B*T, S, D); mask (B*T, 1, 1, S) bool, True where keys may be attended to, or None.
-        queries: compute only the first so many tokens; None: all. -> (B*T, queries or S, D)"""
-        rows, S, D = x.shape
-        qkv = self.qkv(x).view(rows, S, 3, self.heads, D // self.heads)
+        num_queries: compute only the first so many tokens; None: all.
+        -> (B*T, num_queries or S, D)"""
+        BT, S, D = x.shape
+        qkv = self.qkv(x).view(BT, S, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B*T, H, S, K)
-        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, attn_mask=mask)
+        x = F.scaled_dot_product_attention(q[:, :, :num_queries], k, v, attn_mask=mask)
         x = x.transpose(1, 2).flatten(2)
         return self.dropout(self.proj(x))
 
@@ -171,8 +174,9 @@ class Block(nn.Module):
         self.mlp = MLP(D, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, mask, queries=None):
-        x = x[:, :queries] + self.drop_path(self.attn(self.norm1(x), mask, queries))
+    def forward(self, x, mask, num_queries=None):
+        branch = self.attn(self.norm1(x), mask, num_queries)
+        x = x[:, :num_queries] + self.drop_path(branch)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -181,15 +185,17 @@ class Block(nn.Module):
 
 class Output(NamedTuple):
     pooled: Tensor      # (B, D), tanh(dense(text CLS)), for heads that score a clip with its text
-    text: Tensor        # (B, L, D), mean over frames; with `queries` only so many tokens
-    video: Tensor       # (B, N, D), mean over frames, CLS first; with `queries` none
+    text: Tensor        # (B, L, D), mean over frames; only the first num_queries tokens if given
+    video: Tensor       # (B, N, D), mean over frames, CLS first; empty if num_queries is given
 
 
+# Multiple choice has three heads: mc, with a hidden layer, for TGIF and TVQA; rank, which starts as
+# row 1 of matching, for the others; rank2 for VCR's second question, QA->R.
 HEADS = ("matching", "mlm", "answer", "mc", "rank", "rank2", "contrast")
 
 
 def make_head(name, config):
-    """The task heads of the released code."""
+    """One task head, built as in the released code."""
     D, V = config.width, config.vocab
     if name == "matching":                                  # column 1: the text is about the clip
         return nn.Linear(D, 2)
@@ -197,7 +203,7 @@ def make_head(name, config):
         norm = nn.LayerNorm(D, eps=1e-12)
         return nn.Sequential(nn.Linear(D, D), nn.GELU(), norm, nn.Linear(D, V))
     if name == "answer":                                    # open-ended questions, actions
-        dropout = nn.Dropout(0.5 if config.dropout else 0)
+        dropout = nn.Dropout(0.5 if config.dropout else 0)  # 0.5 as released; 0 means none at all
         hidden = D // 2
         return nn.Sequential(dropout, nn.Linear(D, hidden), nn.LayerNorm(hidden), nn.GELU(),
                              nn.Linear(hidden, config.answers))
@@ -223,7 +229,7 @@ class AllInOne(nn.Module):
         self.config = config
         self.text_embed = nn.Embedding(config.vocab, D)
         self.text_pos = nn.Parameter(torch.zeros(config.text_length, D))
-        self.text_segment = nn.Parameter(torch.zeros(2, D))     # BERT's; row 1 is never used
+        self.text_segment = nn.Parameter(torch.zeros(2, D))     # BERT's two; only row 0 is used
         self.text_norm = nn.LayerNorm(D, eps=1e-12)
         self.modality_embed = nn.Parameter(torch.zeros(2, D))   # row 0 to text, 1 to visual tokens
         self.patch_embed = nn.Conv2d(3, D, config.patch, stride=config.patch)
@@ -238,7 +244,7 @@ class AllInOne(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.pooler = nn.Linear(D, D)
         self.task_heads = nn.ModuleDict({name: make_head(name, config) for name in task_heads})
-        with torch.device("cpu"):               # load_checkpoint builds on the meta device
+        with torch.device("cpu"):       # load_checkpoint builds on "meta", which has no nonzero()
             groups = roll_groups(config.grid, config.grid, config.fraction, config.roll)
         self.register_buffer("forward_group", groups[0], persistent=False)
         self.register_buffer("backward_group", groups[1], persistent=False)
@@ -281,45 +287,45 @@ class AllInOne(nn.Module):
         input_ids        (B, L) int64
         attention_mask   (B, L) bool, True at real words; None: all are
         Returns Output(pooled (B, D), text (B, L, D), video (B, N, D)).
-        Source: paper, section 3. Equal to the released model with its patch shuffle off, with
-        layout "block".
+        Source: paper, section 3. With layout "block" this equals the released model without its
+        patch shuffle.
         """
-        return self.fuse(self.embed_frames(frames), input_ids, attention_mask)
+        return self.joint(self.embed_frames(frames), input_ids, attention_mask)
 
-    def fuse(self, video, input_ids, attention_mask=None, queries=None):
+    def joint(self, video, input_ids, attention_mask=None, num_queries=None):
         """forward for frames that are embedded already: video (B, T, N, D).
-        queries: how many tokens to compute in the last block: 1 for pooled, L for the text."""
+        num_queries: how many tokens the last block computes: 1 for pooled, L for the text."""
         B, T, N, D = video.shape
         L = input_ids.shape[1]
         text = self.embed_text(input_ids)[:, None].expand(B, T, L, D)
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (0, N), value=True)  # visual tokens: always
-        x = self.apply_blocks(torch.cat([text, video], dim=2), attention_mask, L, queries)
+        x = self.apply_blocks(torch.cat([text, video], dim=2), attention_mask, L, num_queries)
         return Output(torch.tanh(self.pooler(x[:, 0])), x[:, :L], x[:, L:])
 
     def encode_text(self, input_ids, attention_mask=None):
         """input_ids (B, L) -> (B, config.embed): the projected CLS of the text on its own.
         Differs: the released code runs T identical copies."""
         x = self.embed_text(input_ids)[:, None]                         # T = 1
-        x = self.apply_blocks(x, attention_mask, None, queries=1)
+        x = self.apply_blocks(x, attention_mask, None, num_queries=1)
         return self.task_heads["contrast"]["text"](x[:, 0])
 
     def encode_video(self, frames):
         """frames (B, T, 3, R, R) -> (B, config.embed): the projected CLS of the video on its own.
         As released, nothing rolls here, unless config.roll_unimodal."""
-        first_visual = 0 if self.config.roll_unimodal else None
-        x = self.apply_blocks(self.embed_frames(frames), None, first_visual, queries=1)
+        roll_from = 0 if self.config.roll_unimodal else None
+        x = self.apply_blocks(self.embed_frames(frames), None, roll_from, num_queries=1)
         return self.task_heads["contrast"]["video"](x[:, 0])
 
-    def apply_blocks(self, x, attention_mask, first_visual, queries):
+    def apply_blocks(self, x, attention_mask, roll_from, num_queries):
         """Roll and attend, block after block; then the final norm and the mean over frames.
-        x (B, T, S, D), attention_mask (B, S) or None -> (B, queries or S, D).
-        first_visual: the number of the first token that may roll; None: none does."""
+        x (B, T, S, D), attention_mask (B, S) or None -> (B, num_queries or S, D).
+        roll_from: the place of the first visual token in x; None: nothing rolls."""
         B, T, S, D = x.shape
-        rolls = first_visual is not None
+        rolls = roll_from is not None
         if rolls:
-            forward_group = self.forward_group + first_visual
-            backward_group = self.backward_group + first_visual
+            forward_group = self.forward_group + roll_from
+            backward_group = self.backward_group + roll_from
         mask = None
         if attention_mask is not None:
             mask = attention_mask.repeat_interleave(T, dim=0).view(B * T, 1, 1, S)
@@ -327,7 +333,7 @@ class AllInOne(nn.Module):
             if rolls:
                 x = roll_tokens(x.view(B, T, S, D), forward_group, backward_group)
             last = i + 1 == len(self.blocks)
-            x = block(x.view(B * T, S, D), mask, queries if last else None)
+            x = block(x.view(B * T, S, D), mask, num_queries if last else None)
         return self.norm(x).unflatten(0, (B, T)).mean(dim=1)
 
 
@@ -337,24 +343,26 @@ class AllInOne(nn.Module):
 def init_released(model):
     """The released start: normal with std 0.02; time embeddings and biases 0.
     Differs: the released patch convolution keeps PyTorch's default (std 0.0208 at base)."""
-    init_weights(model, matrix_std=lambda weight: 0.02, table_std=0.02)
+    init_weights(model, std=0.02)
     nn.init.zeros_(model.time_embed)
 
 
 def init_narrow(model):
     """For the toy size: matrices 1 / sqrt(fan-in), tables 1. A model 96 wide does not learn from
     std 0.02 within minutes: its residual branches add next to nothing at the start."""
-    init_weights(model, matrix_std=lambda weight: weight[0].numel() ** -0.5, table_std=1.0)
+    init_weights(model, std=None)
 
 
-def init_weights(model, matrix_std, table_std):
+def init_weights(model, std):
+    """std None: 1 / sqrt(fan-in) for matrices, 1 for tables."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(module.weight, std=matrix_std(module.weight))
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=std or fan_in ** -0.5)
             nn.init.zeros_(module.bias)
     for table in (model.text_embed.weight, model.text_pos, model.text_segment, model.cls_token,
                   model.modality_embed, model.pos_embed, model.time_embed):
-        nn.init.normal_(table, std=table_std)
+        nn.init.normal_(table, std=std or 1.0)
     state = model.state_dict()
     for head in ("rank", "rank2"):
         if "matching" in model.task_heads and head in model.task_heads:
@@ -370,12 +378,12 @@ def copy_rank_from_matching(state, head):
 
 
 def load_weights(model, checkpoint, answers=()):
-    """Start a model of the same size from a checkpoint of another task.
+    """Start a model from a checkpoint (of load_checkpoint), perhaps of another task.
 
-    checkpoint: of load_checkpoint; answers: this run's answer list. The answer head is loaded only
-    if both lists are equal. rank and rank2 start as row 1 of matching where the file lacks them.
-    Other grids: bicubic positions. More frames: zero time embeddings, as released. More text: the
-    model's own new positions.
+    The answer head is loaded only if the checkpoint's answer list equals `answers`. rank and rank2
+    start as row 1 of matching where the file lacks them. If the grid differs, the positions of
+    patches are resized (bicubic). If the model has more frames, their time embeddings are zero, as
+    released; if it reads longer texts, the further positions stay as they are.
     Returns one line that accounts for every tensor. Raises UserError if sizes differ.
     """
     for name in ("width", "layers", "heads", "patch"):
@@ -473,7 +481,7 @@ def load_checkpoint(path):
         config = Config(**content["config"])
         with torch.device("meta"):                          # shapes alone: takes no memory
             expected = AllInOne(config, content["task_heads"]).state_dict()
-    except (ArithmeticError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if not all(isinstance(answer, str) for answer in content["answers"]):
         raise UserError(f"{path}: answers are not all texts")
@@ -497,17 +505,17 @@ def read_torch_file(path):
         with open(path, "rb") as file:
             archive = io.BytesIO(file.read())
         zipped = zipfile.ZipFile(archive)
-        damaged = zipped.testzip()
+        cause = zipped.testzip()                            # the name of a damaged part
         if any(entry.compress_type for entry in zipped.infolist()):
-            damaged = "compressed"                          # a small file could hold gigabytes
-        if damaged is None:
+            cause = "compressed"                            # a small file could hold gigabytes
+        if cause is None:
             archive.seek(0)
             return torch.load(archive, "cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:                              # a broken file can fail in any way
-        damaged = type(error).__name__
-    raise UserError(f"{path} is not a checkpoint, or is damaged ({printable(damaged)}); copy it "
+        cause = type(error).__name__
+    raise UserError(f"{path} is not a checkpoint, or is damaged ({printable(cause)}); copy it "
                     "again")
 
 
@@ -523,7 +531,7 @@ def check_tensors(path, tensors, expected):
         if tensor.shape != expected[name].shape:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, its config means "
                             f"{tuple(expected[name].shape)}")
-        if tensor.untyped_storage().nbytes() < tensor.nbytes:   # one number, repeated
+        if tensor.untyped_storage().nbytes() < tensor.nbytes:   # expanded: stride 0
             raise UserError(f"{path}: {name} lacks numbers for its shape")
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -549,7 +557,7 @@ def multiply_adds(config, L=40):
     D = config.width
     N = 1 + config.grid ** 2
     S = L + N
-    block = 12 * S * D * D + 2 * S * S * D
+    block = 12 * S * D * D + 2 * S * S * D          # qkv 3, proj 1, MLP 8; q @ k and weights @ v
     patches = (N - 1) * 3 * config.patch ** 2 * D
     return config.frames * (config.layers * block + patches) + D * D
 
@@ -592,6 +600,7 @@ def run_main(script, main):
         print(f"{script}: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
+        # Python flushes stdout once more when it ends, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -622,14 +631,16 @@ def write_file(path, content):
 
 
 def lock_folder(folder):
-    """Hold `folder` until this process ends. Returns what must be kept.
+    """Hold `folder` until this process ends, or the file that is returned is closed.
     Raises UserError if another process holds it."""
-    file = open(os.path.join(folder, ".lock"), "w")
     try:
+        file = open(os.path.join(folder, ".lock"), "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder} is in use by another process; wait for it, or choose another "
                         "--out") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; choose another") from None
     return file
 
 

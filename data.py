@@ -4,13 +4,15 @@ folder (the manifest), words into tokens, and batches.
     python data.py CLIP...       frames, seconds and what evaluation looks at, of any files
 
 A batch is a dict:
-    frames           (B, T, 3, R, R) uint8; with V views (B, V, T, 3, R, R)
-    input_ids        (B, A, L) int64, A texts a clip: one; or the options; or in pre-training the
-                     text to match, the text with masks, the caption
-    attention_mask   bool, of the same shape, True at real words
-    target           (B,) int64, the right answer or option; -1 where it is unknown
-    masked, labels   (M,) int64, pre-training: places in (B * L) of the M masked tokens of the text
-                     with masks, and their true ids
+    frames           (B, T, 3, R, R) uint8; with several views (B, views, T, 3, R, R)
+    input_ids        (B, A, L) int64, A texts a clip: one; or the options; or with --vtm the caption
+                     and drawn ones; or in pre-training the text to match, the text with masks, the
+                     caption
+    attention_mask   (B, A, L) bool, True at real words
+    target           (B,) int64, the right answer or option, -1 if the answer list lacks it; in
+                     pre-training 1 if the first text belongs to the clip
+    masked, labels   (M,) int64, pre-training: the M tokens that are asked for, as positions in the
+                     second text of all clips (B * L), and their true ids
     is_rationale     (B,) bool, multiple choice: True where the question is VCR's QA->R
     index            (B,) int64, rows of the data set
     errors           {row id: cause} of clips that cannot be read; the only entry if none can
@@ -38,6 +40,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
 
+from allinone import Config, UserError, printable, run_main     # first: it prepares torch
+
 import av
 import numpy as np
 import tokenizers
@@ -46,8 +50,6 @@ from av.error import FFmpegError
 from av.sidedata.sidedata import SideDataContainer
 from av.stream import Discard, Disposition
 from av.video.frame import PictureType
-
-from allinone import Config, UserError, printable, run_main
 
 # ---- frame sampler -------------------------------------------------------------------------------
 # A frame needs the packets from its key frame on, and no others. So: list all packets without
@@ -84,7 +86,7 @@ class _Doubt(Exception):
 
 @dataclass
 class _Listing:
-    """What the packets of a video say. Packets have numbers, in file order.
+    """The packets of a video, numbered in file order, without their content.
 
     int64 arrays with one value per packet, unless said otherwise.
     """
@@ -95,11 +97,11 @@ class _Listing:
     size: np.ndarray            # bytes
     key: np.ndarray             # 1: decoding can start here
     hidden: np.ndarray          # 1: an edit list cuts it; other frames may still refer to it
-    rank: np.ndarray            # sorts the packets into display order
-    optional: np.ndarray        # 1: FFmpeg may skip its picture if no other refers to it
+    display: np.ndarray         # sorts the packets into display order
+    skippable: np.ndarray        # 1: FFmpeg may skip its picture if no other refers to it
     order: np.ndarray           # (frames,) the packet of each frame; empty: only decoding shows it
     ticks: np.ndarray           # (frames,) sorted display times since the container's start
-    unit: np.ndarray            # (1,) float64, seconds per tick
+    unit: np.ndarray            # (1,) float64, seconds per tick; an array, as all are saved alike
 
 
 def frame_indices(num_frames, T, mode, rng=None):
@@ -113,7 +115,7 @@ def frame_indices(num_frames, T, mode, rng=None):
                          "mode train or eval")
     inside = rng.random(T) if mode == "train" else np.full(T, 0.5)
     indices = ((np.arange(T) + inside) * num_frames / T).astype(int)
-    return indices.clip(max=num_frames - 1).tolist()
+    return indices.clip(max=num_frames - 1).tolist()    # rounding can reach num_frames
 
 
 def read_frames(path, pick, size=None, place=(0.5, 0.5), zoom=1.2, boxes=(), listings=None):
@@ -137,12 +139,16 @@ def read_frames(path, pick, size=None, place=(0.5, 0.5), zoom=1.2, boxes=(), lis
     if os.path.isdir(path):
         files = _picture_files(path)
         numbers = _pick_numbers(path, pick, np.arange(float(len(files))))
-        frames = {i: _read_file(files[i], [0], convert)[1][0] for i in set(numbers)}
+        frames = {}
+        for i in set(numbers):
+            _, pictures = _read_file(files[i], [0], convert)
+            frames[i] = pictures[0]
     else:
         numbers, frames = _read_file(path, pick, convert, listings)
     if len({frame.shape for frame in frames.values()}) > 1:
         raise VideoError(f"{path}: its frames differ in size; read them with a size")
-    return torch.from_numpy(np.stack([frames[i] for i in numbers])).contiguous()
+    frames = np.stack([frames[i] for i in numbers])     # keeps the strides of transposed frames
+    return torch.from_numpy(frames).contiguous()
 
 
 def readable(path):
@@ -174,9 +180,14 @@ def _pick_numbers(path, pick, times):
 
 
 def _read_file(path, pick, convert, listings=None, trust=True):
-    """-> (frame numbers, {number: convert(frame)}). trust: believe a kept listing, and seek."""
+    """-> (frame numbers, {number: convert(frame)}). trust: believe a kept listing, and seek.
+
+    Three ways out: few packets, as the listing says; if the file contradicts a kept listing, once
+    more with a new one; else everything in order.
+    """
     try:
-        with _open(path, err_detect="explode") as stream:       # damage must not be concealed
+        # "explode": a damaged frame is an error here. In order, FFmpeg conceals what it can.
+        with _open(path, err_detect="explode") as stream:
             listing, packets = _load_or_list(path, stream, listings, trust)
             numbers = _pick_numbers(path, pick, listing.ticks * listing.unit)
             if len(listing.order):
@@ -245,14 +256,15 @@ def _list_packets(path, stream):
         del rows[-6:]                                           # the file is cut here, or it ends
     if not rows:
         raise VideoError(f"{path}: no frames in it")
-    if header[8:16] == b"WEBPVP8X" and header[20] & 2:
+    if header[8:16] == b"WEBPVP8X" and header[20] & 2:          # the bit for animation
         raise VideoError(f"{path}: FFmpeg cannot decode an animated WebP; convert it to a GIF")
     rows = np.frombuffer(rows, np.int64).reshape(-1, 6).T
     return _order_packets(path, stream, rows, header, pictures), packets
 
 
 def _has_gif_picture(content):
-    """Is there a picture after the extension blocks of a GIF's packet? The last may have none."""
+    """Is there a picture after the extension blocks of a GIF's packet? The last may have none.
+    A block is "!", a label, and parts of (length, bytes) until the length is 0."""
     at = 0
     while content[at:at + 1] == b"!":
         at += 2
@@ -267,11 +279,12 @@ def _mpeg4_pictures(packet):
     return b"".join(re.findall(b"(?s)\0\0\1\xb6(.)", packet)) if packet.size > 8 else b""
 
 
-def _rank_packets(stream, rows, header, pictures):
-    """-> (is every packet a frame?, rank in display order or None, optional, display times).
+def _display_packets(stream, rows, header, pictures):
+    """-> (is every packet a frame?, display, skippable, display times). display sorts the
+    packets into display order; None: only the decoder knows it.
 
     header: bytes of the first packet and the header. pictures: see _mpeg4_pictures.
-    The pts give the rank, except in AVI and MPEG-4 files.
+    The pts give the order, except in AVI and MPEG-4 files.
     An AVI has no timestamps. FFmpeg invents pts in the order of packets; its dts count the frames.
     If H.264 in an AVI has B-frames, only the decoder knows the display order. In MPEG-4 the picture
     types give it: a B-frame is shown at once, any other frame when the next such one comes.
@@ -282,37 +295,40 @@ def _rank_packets(stream, rows, header, pictures):
     pts, dts, _, _, key, _ = rows
     codec = stream.codec_context
     name = codec.codec.canonical_name
-    is_frame = name in ONE_TO_ONE and codec.field_order <= 1
-    rank = pts
+    is_frame = name in ONE_TO_ONE and codec.field_order <= 1    # not interlaced
+    display = pts
     times = pts
-    optional = np.full_like(pts, name in SKIPPABLE)
+    skippable = np.full_like(pts, name in SKIPPABLE)
     if stream.container.format.name == "avi":
-        rank = None if codec.has_b_frames else pts
+        display = None if codec.has_b_frames else pts
         times = dts
     if name == "mpeg4":
         waiting = np.cumsum([len(types) for types in pictures]) - np.arange(1, len(pictures) + 1)
         packed = re.search(rb"DivX\d+(Build|b)\d+p", header) is not None
-        is_frame = is_frame and set(waiting.tolist()) <= {0, packed}
+        is_frame = is_frame and waiting.min() >= 0 and waiting.max() <= packed
         types = np.frombuffer(b"".join(pictures), np.uint8)[:len(pts)] >> 6
-        rank = 2 * np.arange(len(types))
+        display = 2 * np.arange(len(types))
         others = np.flatnonzero(types != 2)                     # 2: a B-frame
-        rank[others] = np.append(rank[others[1:]], 2 * len(types)) - 1
-        optional = 1 - waiting                                  # two pictures cannot skip one
+        # Just before the packet of the next other frame, the last ones at the end:
+        display[others] = np.append(display[others[1:]], 2 * len(types)) - 1
+        skippable = 1 - waiting                                  # two pictures cannot skip one
         key[1:] *= not waiting.any()                            # packing is announced once
-    return is_frame, rank, optional, times
+    return is_frame, display, skippable, times
 
 
 def _order_packets(path, stream, rows, header, pictures):
     """Sorts packets into display order -> _Listing. Decodes all if they do not show the frames."""
     pts, _, _, _, key, hidden = rows                            # edit lists hide packets
-    is_frame, rank, optional, times = _rank_packets(stream, rows, header, pictures[:len(pts)])
+    pictures = pictures[:len(pts)]
+    is_frame, display, skippable, times = _display_packets(stream, rows, header, pictures)
     regular = is_frame and key[0]
     shown = np.flatnonzero(hidden == 0)
     order = shown[:0]
-    if regular and rank is not None:
-        order = shown[np.argsort(rank[shown])]
-        regular = np.diff(np.sort(rank)).all() and (rank[shown] >= rank[0]).all()
-    if not regular:
+    if regular and display is not None:
+        order = shown[np.argsort(display[shown])]
+        # No two at the same time, and none before the first key frame.
+        regular = np.diff(np.sort(display)).all() and (display[shown] >= display[0]).all()
+    if not regular:                                             # _decode numbers the frames
         shown = np.array([frame.pts for frame in _decode_all(path, len(pts))], np.int64)
         order = shown[:0]
     ticks = np.sort(times[shown])
@@ -322,8 +338,8 @@ def _order_packets(path, stream, rows, header, pictures):
         unit = 1 / float(stream.average_rate or 1)
     else:
         ticks -= round((stream.container.start_time or 0) / av.time_base / unit)
-    rank = pts if rank is None else rank
-    return _Listing(*rows, rank, optional, order, ticks, np.array([unit]))
+    display = pts if display is None else display
+    return _Listing(*rows, display, skippable, order, ticks, np.array([unit]))
 
 
 def _decode(codec, packets, first, skip, damaged):
@@ -353,7 +369,8 @@ def _decode_all(path, count):
 def _read_in_order(path, listing, numbers, convert):
     """The definition -> {number: convert(frame)}. Decodes everything up to the last number.
 
-    A frame's number is that of its packet in display order, or its place in the output.
+    A frame's number is that of its packet in display order; if the listing has no order, its place
+    in the output.
     """
     number_of = {packet: number for number, packet in enumerate(listing.order.tolist())}
     frames = {}
@@ -374,23 +391,23 @@ def _read_sparse(reader, listing, numbers, convert):
     frames = {}
     latest = NO_TIME
     for first, last in _plan_runs(listing, wanted):
-        rank = dict(enumerate(listing.rank[first:last + 1].tolist(), first))
-        optional = first + np.flatnonzero(listing.optional[first:last])
-        skip = set(optional.tolist()) - wanted.keys()
+        display = dict(enumerate(listing.display[first:last + 1].tolist(), first))
+        skippable = first + np.flatnonzero(listing.skippable[first:last])
+        skip = set(skippable.tolist()) - wanted.keys()
         damaged = []
-        is_intra = first == 0
+        starts_clean = first == 0
         for frame in _decode(codec, reader.read(first, last), first, skip, damaged):
             j = frame.pts
-            if rank[j] < latest:
+            if display[j] < latest:
                 listing.order = listing.order[:0]               # not in the order of timestamps
                 raise _Doubt
-            latest = rank[j]
-            if j == first and frame.key_frame:
-                is_intra = is_intra or frame.pict_type == PictureType.I
+            latest = display[j]
+            if j == first and frame.key_frame and frame.pict_type == PictureType.I:
+                starts_clean = True
             if j in wanted:
                 frames[wanted[j]] = convert(frame)
         # Frames shown before the key frame may refer to frames jumped over: they do not matter.
-        if not is_intra or any(rank[j] >= rank[first] for j in damaged):
+        if not starts_clean or any(display[j] >= display[first] for j in damaged):
             raise _Doubt
     if len(frames) < len(wanted):
         raise _Doubt
@@ -399,11 +416,12 @@ def _read_sparse(reader, listing, numbers, convert):
 
 def _plan_runs(listing, wanted):
     """[first, last] packets that lead to the wanted ones; each run begins at a key frame."""
-    by_rank = listing.rank.__getitem__
-    keys = sorted(np.flatnonzero(listing.key).tolist(), key=by_rank)
+    by_display = listing.display.__getitem__
+    keys = sorted(np.flatnonzero(listing.key).tolist(), key=by_display)
     runs = []
-    for packet in sorted(wanted, key=by_rank):
-        first = keys[bisect_right(keys, by_rank(packet), key=by_rank) - 1]
+    for packet in sorted(wanted, key=by_display):
+        # The last key frame that is shown at or before this packet.
+        first = keys[bisect_right(keys, by_display(packet), key=by_display) - 1]
         if runs and first <= runs[-1][1]:
             runs[-1][1] = max(runs[-1][1], packet)
         else:
@@ -434,15 +452,15 @@ def _to_rgb(frame, size, place, zoom, boxes=()):
         return rgb
     if turn[0, 0] == 0:
         rgb = rgb.swapaxes(1, 2)
-    step_x, step_y = turn.sum(0)
+    step_x, step_y = turn.sum(0)        # a column holds one 1 or -1: the direction to read in
     return rgb[:, ::step_y, ::step_x]
 
 
 def _orientation(frame):
-    """(2, 2) of 0 and +-1: stored (x, y) = it @ upright (x, y), both from the middle."""
+    """The matrix M, (2, 2) of 0 and +-1: stored (x, y) = M @ upright (x, y), from the centre."""
     try:
         side_data = SideDataContainer(frame)                    # frame.side_data makes a cycle
-    except ValueError:                                          # PyAV cannot list EXIF data: 31
+    except ValueError:                                          # PyAV fails on EXIF, type 31
         side_data = SideDataContainer(_filter(frame, ("sidedata", "mode=delete:type=31")))
     matrix = side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -463,7 +481,7 @@ def _draw_boxes(rgb, boxes):
         color = 255 * np.array(colorsys.hsv_to_rgb(hue, 1, 1))
         corners = np.clip(box, 0, 1) * (width, height, width, height)
         left, top, right, bottom = corners.round().astype(int)
-        inside = rgb[top:bottom, left:right]
+        inside = rgb[top:bottom, left:right]    # both are views: all is painted, then the middle
         middle = inside[3:-3, 3:-3]
         washed = 0.7 * middle + 0.3 * color
         inside[:] = color.round()
@@ -500,7 +518,7 @@ def _filter(frame, *filters):
 
 @lru_cache(4)
 def _filter_graph(thread, kind, filters):
-    """Kept for the next frame of this kind. No graph may serve two threads."""
+    """Kept for the next frame of this kind and this thread: no graph may serve two threads."""
     source = "video_size={}x{}:pix_fmt={}:time_base=1/1".format(*kind)
     graph = av.filter.Graph()
     graph.threads = 1
@@ -523,7 +541,7 @@ class _Reader:
     listing: _Listing
     packets: list                   # of a small file
     can_seek: bool
-    rest: object                    # packets of a large file from number `at` on, as an iterator
+    rest: object                    # of a large file: iterator over packets from number `at` on
     at: int = 0
 
     def read(self, first, last):
@@ -579,9 +597,10 @@ def _load_or_list(path, stream, folder, trust):
     with suppress(Exception):       # absent or damaged: list again
         if trust:
             with np.load(file, allow_pickle=False) as kept:
+                # Differences are kept: they compress well.
                 return _Listing(**{name: kept[name].cumsum() for name in kept.files}), []
     listing, packets = _list_packets(path, stream)
-    if not (packets and len(listing.order)):
+    if not packets or not len(listing.order):       # it took time to make
         _save_listing(file, listing)
     return listing, packets
 
@@ -599,7 +618,7 @@ def _save_listing(file, listing):
     part = f"{file}.{os.getpid()}.{threading.get_ident()}"
     try:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as out:   # as np.savez_compressed
-            for name, values in vars(listing).items():           # differences compress well
+            for name, values in vars(listing).items():
                 with out.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, np.diff(values, prepend=0))
         os.replace(part, file)
@@ -627,23 +646,23 @@ class Benchmark:
     head_lr: float = 1              # task heads learn faster by this factor
     text_length: int = 40           # L
     frames: int = 3                 # T
-    option_format: str = "options"  # a question is read with all options and one answer, or as a
-                                    # "pair" with one option
+    option_format: str = "options"  # a text is the question, all options, one answer; or a "pair":
+                                    # the question, one option
     negatives: int = 0              # retrieval with --vtm: captions of other clips
-    vtm: bool = False               # is --vtm part of the recipe?
+    vtm: bool = False               # is --vtm, the paper's VTM loss, part of the recipe?
     views: int = 1                  # sets of frames in evaluation
     answers: int = 0                # length of the closed answer list
     rows: dict = field(default_factory=dict)        # official number of rows
     chance: float = 0.0             # of the metric on test
     rerun: str = ""                 # published: the authors' rerun (their EVAL.md)
-    paper: str = ""                 # published: the paper, or who cites it
+    paper: str = ""                 # published: the paper, or one that cites it
 
 
 QA = dict(task="vqa", heads=("answer",), metric="accuracy", batch=512, epochs=20, lr=1e-4,
           head_lr=10)
 CHOICE = dict(task="choice", heads=("mc",), metric="accuracy", batch=512, epochs=100, lr=1e-4,
               head_lr=10, chance=1 / 5)
-RANK = dict(task="choice", heads=("rank",), metric="accuracy", batch=256)
+RANKED = dict(task="choice", heads=("rank",), metric="accuracy", batch=256)
 RETRIEVAL = dict(task="retrieval", heads=("contrast",), metric="text to video R@1", batch=1024,
                  views=3)
 PRETRAIN = dict(task="pretrain", heads=("matching", "mlm"), metric="matching + MLM accuracy",
@@ -655,7 +674,7 @@ BENCHMARKS = {
         rerun="93.0", paper="92.5"),
     "tgif-transition": Benchmark(
         **CHOICE, dataset="tgif", rows={"train": 52704, "test": 6232},
-        rerun="93.0 (action and transition share a file)", paper="92.5"),
+        rerun="93.0 (one figure for action and transition)", paper="92.5"),
     "tgif-frame": Benchmark(
         **QA, dataset="tgif", answers=1540, rows={"train": 39392, "test": 13691},
         rerun="65.0", paper="64.0"),
@@ -684,18 +703,19 @@ BENCHMARKS = {
         **RETRIEVAL, dataset="lsmdc", epochs=50, lr=1e-4, text_length=80, negatives=10, vtm=True,
         rows={"val": 7408, "test": 1000}, chance=1 / 1000),
     "msrvtt-mc": Benchmark(
-        **RANK, dataset="msrvtt", epochs=10, lr=1e-4, rows={"train": 140200, "test": 2990},
+        **RANKED, dataset="msrvtt", epochs=10, lr=1e-4, rows={"train": 140200, "test": 2990},
         chance=1 / 5, rerun="78.1 zero-shot", paper="77.5 zero-shot"),
     "lsmdc-mc": Benchmark(
-        **RANK, dataset="lsmdc", epochs=20, lr=1e-5,
+        **RANKED, dataset="lsmdc", epochs=20, lr=1e-5,
         rows={"train": 101079, "val": 7408, "test": 10053},
         chance=1 / 5, rerun="56.7 zero-shot", paper="56.3 zero-shot"),
     "ego4d-mc": Benchmark(
-        **RANK, dataset="ego4d", epochs=10, lr=1e-4,
+        **RANKED, dataset="ego4d", epochs=10, lr=1e-4,
         chance=1 / 4, rerun="36.5 zero-shot", paper="36.5 zero-shot"),
     "vcr": Benchmark(
-        "vcr", "vcr", ("rank", "rank2"), "Q->AR", batch=256, epochs=200, lr=1e-4, frames=1,
-        option_format="pair", rows={"train": 2 * 212923, "test": 2 * 26534}, chance=1 / 16),
+        task="vcr", dataset="vcr", heads=("rank", "rank2"), metric="Q->AR", batch=256, epochs=200,
+        lr=1e-4, frames=1, option_format="pair", chance=1 / 16,
+        rows={"train": 2 * 212923, "test": 2 * 26534}),         # Q->A and QA->R
     "webvid": Benchmark(**PRETRAIN, dataset="webvid", batch=1024),
     "howto100m": Benchmark(**PRETRAIN, dataset="howto100m", batch=4096),
     "cc3m": Benchmark(
@@ -713,12 +733,12 @@ OWN = {"vqa": "msrvtt-qa", "choice": "tgif-action", "vcr": "vcr", "retrieval": "
 
 # ---- the manifest --------------------------------------------------------------------------------
 # All data is a folder: train.jsonl, val.jsonl, test.jsonl with one row a line; answers.txt where
-# answers come from a closed list; dataset.json if tools/prepare.py wrote it. A row has a "video"
-# below the root, perhaps an "id", and one of
+# answers come from a closed list; dataset.json if tools/prepare.py wrote it. A row has a "video",
+# a path below "root" of dataset.json or else below the folder, perhaps an "id", and one of
 #     question, answer        question, options, answer (a number)        caption or captions
 #     label (a number)
 # and perhaps the part of the clip to look at: seconds or frames, [first, last]; boxes (VCR);
-# question_type.
+# question_type. The ids of VCR's two rows of a question end in /qa and /qar.
 
 MAX_LABEL = 2 ** 20     # as many classes as a model can have
 ROW_FIELDS = {"id", "video", "question", "answer", "options", "caption", "captions", "label",
@@ -742,8 +762,9 @@ def manifest_info(folder):
         raise UserError(f"{path} cannot be read ({error}); prepare the data again") from None
     if not isinstance(info, dict) or not isinstance(info.get("root"), str):
         raise UserError(f"{path} names no root folder; prepare the data again")
-    if info.get("benchmark", "webvid") not in list(BENCHMARKS):     # a list: it may be unhashable
-        raise UserError(f"{path}: benchmark {info['benchmark']!r:.40} is unknown; there are "
+    name = info.get("benchmark")
+    if "benchmark" in info and name not in list(BENCHMARKS):    # a list: name may be unhashable
+        raise UserError(f"{path}: benchmark {name!r:.40} is unknown; there are "
                         f"{', '.join(BENCHMARKS)}")
     return info
 
@@ -817,7 +838,7 @@ def line_offsets(path):
             starts.append(size + ends + 1)
             size += len(block)
     starts = np.concatenate(starts)
-    offsets = starts[np.diff(starts, append=size) > 2]      # blank lines are no rows
+    offsets = starts[np.diff(starts, append=size) > 2]      # a row is {} and a line end at least
     part = f"{kept}.{os.getpid()}.part"
     with suppress(OSError):
         with open(part, "wb") as file:
@@ -857,7 +878,7 @@ def check_row(row):
                          "or more) and answer (a number from 0 on); or caption (a text); or "
                          "captions (texts); or label (a number)")
     for name in ("id", "question_type"):
-        if not is_text(row.get(name, "1")):
+        if name in row and not is_text(row[name]):
             raise ValueError(f"{name} must be a text")
     for name in ("seconds", "frames"):
         if name in row and not is_span(row[name]):
@@ -895,7 +916,8 @@ def are_numbers(value, count):
 
 def benchmark_of(folder, task=None):
     """(name, Benchmark) of a folder. Your own data has the folder's name, and the recipe of the
-    benchmark that is most like it. Raises UserError if the folder is not for `task`."""
+    benchmark that is most like it, for `task` if given. Raises UserError if a prepared folder is
+    for another task."""
     name = manifest_info(folder).get("benchmark")
     if name is None:
         if task is None:
@@ -919,7 +941,7 @@ def read_answers(folder):
     if not os.path.exists(path):
         return list_train_answers(Manifest(folder, "train"))
     try:
-        with open(path, encoding="utf-8-sig") as file:          # an editor may add a mark
+        with open(path, encoding="utf-8-sig") as file:          # perhaps a byte order mark
             answers = file.read().removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
@@ -948,8 +970,8 @@ class Tokenizer:
     """BERT WordPiece. Texts become [CLS] ... [SEP]; batches pad them to their longest text."""
 
     def __init__(self, tokenizer):
-        tokenizer.no_padding()                  # a file may ask for both: [PAD] would then be read
-        tokenizer.no_truncation()               # as a word
+        tokenizer.no_padding()          # a file may switch both on: [PAD] would be read as a word
+        tokenizer.no_truncation()
         ids = [tokenizer.token_to_id(name) for name in SPECIAL]
         if None in ids:
             raise UserError(f"the tokenizer lacks some of {', '.join(SPECIAL)}; give a BERT "
@@ -1001,8 +1023,8 @@ class Tokenizer:
     def encode_options(self, question, options, option_format, L):
         """A list of at most L tokens for each option: the option alone if there is no question;
         else "question [SEP] option" (format "pair") or "question options: all of them answer:
-        option" (format "options"). A text that is too long loses the end of its question, then the
-        other options, never its own option.
+        option" (format "options"). A text that is too long loses the end of its question first,
+        then the beginning of the rest.
         Differs: the released code puts no spaces around "Options:" and "Answer:", so that they
         stick to their neighbours."""
         before = self.ids(question)
@@ -1058,6 +1080,10 @@ def wordpiece(vocabulary):
 # ---- rows into model inputs ----------------------------------------------------------------------
 
 
+ACTION = "a person is doing {}"         # as released
+MASK_SHARE = 0.15                       # BERT's
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """How the rows of a benchmark become inputs of a model."""
@@ -1066,7 +1092,7 @@ class InputSpec:
     tokenizer: Tokenizer
     answers: list                   # the closed list, for vqa and action
     negatives: int = 0              # captions of other clips, for retrieval with --vtm
-    mask_share: float = 0.15        # of the words, in pre-training
+    mask_share: float = MASK_SHARE  # of the words, in pre-training
 
     @property
     def frames(self):
@@ -1079,7 +1105,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
     (seed, epoch, index) alone, however many workers there are; in evaluation nothing is random.
 
     A training row whose clip cannot be read gives the item of the next row, and item["errors"]
-    {id: cause} names the loss. In evaluation such a row is {"index", "errors"}.
+    {id: cause} names the row that was left out. In evaluation such a row is {"index", "errors"}.
     """
 
     def __init__(self, folder, split, spec, train=False, seed=0):
@@ -1087,6 +1113,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.spec = spec
         self.train = train
         self.seed = seed
+        self.views = 1 if train else spec.benchmark.views
         self.class_of = {answer: n for n, answer in enumerate(spec.answers)}
         self.listings = os.path.join(folder, "listings")
         task = spec.benchmark.task
@@ -1102,7 +1129,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index)) if self.train else None
         errors = {}
-        tries = 100 if self.train else 1
+        tries = 100 if self.train else 1        # so many in a row: the disk is gone
         for i in range(index, index + tries):
             number = i % len(self)
             row = self.rows[number]
@@ -1115,9 +1142,9 @@ class VideoTextDataset(torch.utils.data.Dataset):
         return {"index": index, "errors": errors}
 
     def frames(self, row, rng):
-        """(T, 3, R, R) uint8, or (V, T, 3, R, R) in evaluation with V > 1 views."""
+        """(T, 3, R, R) uint8, or (views, T, 3, R, R) in evaluation with several views."""
         spec = self.spec
-        views = 1 if self.train else spec.benchmark.views
+        views = self.views
         place = rng.random(2).tolist() if self.train else (0.5, 0.5)
         path = os.path.join(self.rows.root, row["video"])
         pick = partial(pick_frames, row=row, T=spec.frames, views=views, rng=rng)
@@ -1138,7 +1165,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
             if row["label"] >= len(spec.answers):
                 raise UserError(f"{self.rows.path}: row {row['id']} has label {row['label']}, the "
                                 f"answer list {len(spec.answers)} classes")
-            return {"texts": [encode("a person is doing [MASK]", L)], "target": row["label"]}
+            return {"texts": [encode(ACTION.format("[MASK]"), L)], "target": row["label"]}
         if task == "retrieval":
             captions = [draw(captions_of(row), rng)]
             if self.train:
@@ -1146,6 +1173,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
             return {"texts": [encode(caption, L) for caption in captions], "target": 0}
         if task == "pretrain":
             return self.pretrain_text(row, rng)
+        # choice and vcr
         texts = spec.tokenizer.encode_options(row.get("question", ""), row["options"],
                                               spec.benchmark.option_format, L)
         return {"texts": texts, "target": row["answer"],
@@ -1154,7 +1182,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
     def pretrain_text(self, row, rng):
         """Three texts: one to match, one with masks to fill in, the caption as it is. Target 1 if
         the first belongs to the clip; half of them are captions of other clips.
-        Differs: the released code draws another clip for the caption, not another caption."""
+        Differs: the released code keeps the caption and draws another clip."""
         if rng is None:                         # the same masks in every evaluation
             rng = np.random.default_rng(zlib.crc32(row["id"].encode()))
         tokenizer = self.spec.tokenizer
@@ -1182,7 +1210,7 @@ def draw(texts, rng):
 
 def pick_frames(times, row, T, views, rng):
     """The numbers of the frames to read, from the row's part of the clip. times: the seconds of all
-    frames. With V views, view v has every V-th of V * T evenly spaced frames, from the v-th on."""
+    frames. With n views, view v has every n-th of n * T evenly spaced frames, from the v-th on."""
     first, last = 0, len(times) - 1
     if "seconds" in row:
         first = np.searchsorted(times, row["seconds"][0])
@@ -1190,7 +1218,7 @@ def pick_frames(times, row, T, views, rng):
     elif "frames" in row:
         first, last = row["frames"]
     last = int(np.clip(last, 0, len(times) - 1))
-    first = int(np.clip(first, 0, last))        # of an empty part: the nearest frame
+    first = int(np.clip(first, 0, last))        # an empty span gives the nearest frame
     mode = "eval" if rng is None else "train"
     numbers = frame_indices(last - first + 1, T * views, mode, rng)
     picked = []
@@ -1268,7 +1296,7 @@ def collate(items, pad):
         for a, ids in enumerate(item["texts"]):
             input_ids[b, a, :len(ids)] = torch.tensor(ids)
             attention_mask[b, a, :len(ids)] = True
-    if "labels" in items[0]:                    # positions: on a GPU, finding them means waiting
+    if "labels" in items[0]:                    # found here: nonzero() would make a GPU's CPU wait
         labels = torch.full((len(items), L), -1)
         for b, item in enumerate(items):
             labels[b, :len(item["labels"])] = torch.tensor(item["labels"])
@@ -1293,8 +1321,8 @@ def make_loader(dataset, batches, workers, pad):
     try:
         yield from loader
     except (RuntimeError, UserError) as error:
-        traceback.clear_frames(error.__traceback__)         # in a cycle, they keep the workers
-        cause = str(error).strip().splitlines()[-1]         # a worker sends its traceback along
+        traceback.clear_frames(error.__traceback__)         # they would keep the workers alive
+        cause = str(error).strip().splitlines()[-1]         # the last line of a worker's traceback
         if isinstance(error, UserError):
             raise UserError(cause.removeprefix("allinone.UserError: ")) from None
         raise UserError(f"reading data failed: {cause} (--workers 0 reads in the main process and "
@@ -1302,22 +1330,24 @@ def make_loader(dataset, batches, workers, pad):
 
 
 def start_worker(number):
+    """A worker ignores signals: the main process needs it until it has saved."""
     os.nice(10)                                     # the model's threads come first
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # the main process needs its workers until it
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)   # has saved, and then ends them itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers():
+    """Python would wait for workers, which ignore its SIGTERM."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # else torch reports their end as an error
     for process in multiprocessing.active_children():
         process.kill()
 
 
-def check_shared_memory(spec, batch, workers):
-    """Workers hand frames over in /dev/shm. Docker makes it 64 MB small, and torch then waits for
-    ever: find out before."""
-    clip = spec.benchmark.views * spec.frames * 3 * spec.config.image ** 2
+def check_shared_memory(dataset, batch, workers):
+    """Workers hand frames over in /dev/shm. Docker gives it only 64 MB, and torch then hangs."""
+    spec = dataset.spec
+    clip = dataset.views * spec.frames * 3 * spec.config.image ** 2
     needed = clip * batch * PREFETCH * workers
     with suppress(OSError):
         free = shutil.disk_usage("/dev/shm").free

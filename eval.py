@@ -7,7 +7,8 @@
     python eval.py RUN --video clip.mp4 --caption "a red ring moves left"
     python eval.py --list                                     the benchmarks and their recipes
 
-RUN is a run folder of train.py or a checkpoint file. All shares are in percent.
+RUN is a run folder of train.py or a checkpoint file. All figures that are printed are in percent,
+but for ranks; the scores in --predictions are from 0 to 1, or ranks.
 """
 import argparse
 import json
@@ -23,15 +24,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (BENCHMARKS, InputSpec, Manifest, Tokenizer, VideoTextDataset, benchmark_of,
-                  check_shared_memory, collate, frame_indices, has_split, make_loader,
+from data import (ACTION, BENCHMARKS, OWN, InputSpec, Manifest, Tokenizer, VideoTextDataset,
+                  benchmark_of, check_shared_memory, collate, frame_indices, has_split, make_loader,
                   manifest_info, read_answers, read_frames)
 
 # ---- metrics -------------------------------------------------------------------------------------
 
 
 def percent(values):
-    """The mean of booleans, in percent."""
+    """100 times the mean; 0 if there are no values."""
     values = list(values)
     return 100 * float(sum(values)) / max(1, len(values))
 
@@ -45,11 +46,11 @@ def ranks(scores, target):
     return 1 + better + (equal - 1) / 2
 
 
-def recalls(rank, clips, direction):
-    """Ranks (Q,), inf where the clip cannot be read -> R@1, R@5, R@10 in percent, median and mean
-    rank. For the last two, such a clip ranks behind all others."""
+def recalls(rank, candidates, direction):
+    """Ranks (Q,) among so many candidates, inf where the clip cannot be read -> R@1, R@5, R@10 in
+    percent, median and mean rank. For the last two, such a clip ranks behind all others."""
     result = {f"{direction} R@{k}": percent(rank <= k) for k in (1, 5, 10)}
-    finite = np.minimum(rank, clips + 1)
+    finite = np.minimum(rank, candidates + 1)
     result[f"{direction} MedR"] = float(np.median(finite))
     result[f"{direction} MeanR"] = float(finite.mean())
     return result
@@ -68,11 +69,11 @@ def read_texts(model, batch):
     ids = batch["input_ids"]
     mask = batch["attention_mask"]
     video = model.embed_frames(batch["frames"]).repeat_interleave(ids.shape[1], dim=0)
-    return model.fuse(video, ids.flatten(0, 1), mask.flatten(0, 1), queries=1).pooled
+    return model.joint(video, ids.flatten(0, 1), mask.flatten(0, 1), num_queries=1).pooled
 
 
 def option_scores(model, batch, heads):
-    """(B, A) over the options. heads: that of the benchmark, and VCR's second for QA->R."""
+    """(B, A) over the options. heads: one name, or two for VCR: the second is for QA->R."""
     pooled = read_texts(model, batch)
     B, A, _ = batch["input_ids"].shape
     scores = text_score(model, pooled, heads[0]).view(B, A)
@@ -84,8 +85,8 @@ def option_scores(model, batch, heads):
 
 
 def text_score(model, pooled, head):
-    """How well texts fit their clips, (B,): by this head, or zero-shot by row 1 of matching, where
-    rank heads start."""
+    """How well a text fits its clip, a number for each row of pooled: by this head, or zero-shot by
+    row 1 of matching, where rank heads start."""
     if head in model.task_heads:
         return model.task_heads[head](pooled)[:, 0]
     return model.task_heads["matching"](pooled)[:, 1]
@@ -94,11 +95,12 @@ def text_score(model, pooled, head):
 def pretrain_scores(model, batch):
     """(match (B, 2), words (M, V)): does the first text belong to the clip; what are the M masked
     words of the second?"""
-    to_match, masked = batch["input_ids"][:, :2].unbind(dim=1)          # each (B, L)
-    match_mask, masked_mask = batch["attention_mask"][:, :2].unbind(dim=1)
+    ids = batch["input_ids"]
+    mask = batch["attention_mask"]
+    L = ids.shape[2]
     video = model.embed_frames(batch["frames"])             # once, for both
-    pooled = model.fuse(video, to_match, match_mask, queries=1).pooled
-    text = model.fuse(video, masked, masked_mask, queries=masked.shape[1]).text
+    pooled = model.joint(video, ids[:, 0], mask[:, 0], num_queries=1).pooled
+    text = model.joint(video, ids[:, 1], mask[:, 1], num_queries=L).text
     words = text.flatten(0, 1)[batch["masked"]]             # the MLM head is large: no other words
     return model.task_heads["matching"](pooled), model.task_heads["mlm"](words)
 
@@ -109,7 +111,7 @@ def class_scores(model, batch, texts):
     video = model.embed_frames(batch["frames"])
     scores = []
     for input_ids in texts:
-        out = model.fuse(video, input_ids.expand(len(video), -1), queries=1)
+        out = model.joint(video, input_ids.expand(len(video), -1), num_queries=1)
         scores.append(text_score(model, out.pooled, "rank"))
     return torch.stack(scores, dim=1)
 
@@ -131,44 +133,44 @@ TOP = 5             # predictions kept for a row
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How clips are read in evaluation."""
-    batch: int = 64
+class EvalSettings:
+    """The flags of an evaluation."""
+    batch: int = 64                 # clips at a time
     workers: int = 0
     amp: bool = False
     allow_missing: bool = False
 
 
-def predict(model, dataset, step, loading):
-    """step(model, batch) -> {name: tensor (B, ...)} for every row that can be read.
+def predict(model, dataset, score_batch, settings):
+    """score_batch(model, batch) -> {name: tensor (B, ...)} for every row that can be read.
 
     Returns {name: tensor (n, ...)}, with "index" the n row numbers in order. Several processes
     share the work and all return everything.
     Raises UserError: clips that cannot be read, unless allow_missing; results that are not finite.
     """
     device = next(model.parameters()).device
-    starts = range(RANK * loading.batch, len(dataset), WORLD * loading.batch)
+    starts = range(RANK * settings.batch, len(dataset), WORLD * settings.batch)
     batches = []
     for start in starts:
-        stop = min(start + loading.batch, len(dataset))
-        batches.append([(0, index) for index in range(start, stop)])
-    check_shared_memory(dataset.spec, loading.batch, loading.workers)
-    loader = make_loader(dataset, batches, loading.workers, dataset.spec.tokenizer.pad)
+        stop = min(start + settings.batch, len(dataset))
+        batches.append([(0, index) for index in range(start, stop)])    # epoch 0
+    check_shared_memory(dataset, settings.batch, settings.workers)
+    loader = make_loader(dataset, batches, settings.workers, dataset.spec.tokenizer.pad)
     training = model.training
     model.eval()
     results = defaultdict(list)
     errors = {}
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, loading.amp):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, settings.amp):
         for batch in progress(loader, "evaluating", total=len(batches)):
             errors |= batch["errors"]
             if "frames" in batch:
-                for name, tensor in step(model, to_device(batch, device)).items():
+                for name, tensor in score_batch(model, to_device(batch, device)).items():
                     results[name].append(tensor.float().cpu())
                 results["index"].append(batch["index"])
     model.train(training)
     results = {name: torch.cat(tensors) for name, tensors in results.items()}
     results, errors = gather(results, errors)
-    if errors and not loading.allow_missing:
+    if errors and not settings.allow_missing:
         raise UserError(f"{len(errors)} of {len(dataset)} rows of {dataset.rows.path} have a clip "
                         f"that cannot be read, the first: {next(iter(errors.values()))}; "
                         "--allow-missing counts such rows as wrong")
@@ -187,14 +189,15 @@ def predict(model, dataset, step, loading):
 
 def gather(results, errors):
     """Everything from all processes, sorted by row."""
-    parts = [(results, errors)]
+    everyone = [(results, errors)]
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (results, errors))
-    errors = {}
-    for _, more in parts:
-        errors |= more
-    parts = [part for part, _ in parts if part]
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, (results, errors))
+    parts = []
+    for part, more in everyone:
+        errors = errors | more
+        if part:
+            parts.append(part)
     if not parts:
         return {}, errors
     results = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -211,47 +214,47 @@ def to_device(batch, device):
     return moved
 
 
-def evaluate(model, dataset, benchmark, answers, loading, zero_shot=False):
+def evaluate(model, dataset, benchmark, answers, settings, zero_shot=False):
     """Evaluate one split. zero_shot: score actions as sentences, without an answer head.
     Returns (metrics, records): {name: value}, the benchmark's own metric among them, and a dict
-    for each row: id, question_type, prediction, truth, score, correct."""
+    for each row: id, question_type, prediction, truth, score, correct, top (the best predictions
+    with their scores), options (how many there are to choose from; 0: the answer list)."""
     if benchmark.task == "retrieval":
-        return evaluate_retrieval(model, dataset, loading)
+        return evaluate_retrieval(model, dataset, settings)
     if benchmark.task == "pretrain":
-        return evaluate_pretrain(model, dataset, loading), []
-    return evaluate_answers(model, dataset, benchmark, answers, loading, zero_shot)
+        return evaluate_pretrain(model, dataset, settings), []
+    return evaluate_answers(model, dataset, benchmark, answers, settings, zero_shot)
 
 
-def evaluate_answers(model, dataset, benchmark, answers, loading, zero_shot):
+def evaluate_answers(model, dataset, benchmark, answers, settings, zero_shot):
     """Open-ended questions, actions and options: the best score against the truth."""
     spec = dataset.spec
     class_texts = []
     if zero_shot:
         for name in answers:
-            ids = spec.tokenizer.encode(f"a person is doing {name}", model.config.text_length)
+            ids = spec.tokenizer.encode(ACTION.format(name), model.config.text_length)
             class_texts.append(torch.tensor([ids], device=next(model.parameters()).device))
 
-    def step(model, batch):
+    def score_batch(model, batch):
         if benchmark.task in ("choice", "vcr"):
             scores = option_scores(model, batch, benchmark.heads)
         elif zero_shot:
             scores = class_scores(model, batch, class_texts)
         else:
             scores = answer_scores(model, batch)
-        shares, choices = scores.float().softmax(-1).topk(min(TOP, scores.shape[1]))
+        best, choices = scores.float().topk(min(TOP, scores.shape[1]))
+        shares = (best - scores.float().logsumexp(-1, keepdim=True)).exp()
         missing = TOP - shares.shape[1]                     # batches may differ in their options
         return {"shares": F.pad(shares, (0, missing)), "choices": F.pad(choices, (0, missing))}
 
-    results = predict(model, dataset, step, loading)
-    choices = results["choices"].int().tolist()
-    shares = results["shares"].tolist()
-    place = {row: n for n, row in enumerate(results["index"].tolist())}
+    results = predict(model, dataset, score_batch, settings)
+    best = {}                                               # not of a clip that cannot be read
+    for n, i in enumerate(results["index"].tolist()):
+        choices = results["choices"][n].int().tolist()
+        best[i] = list(zip(choices, results["shares"][n].tolist()))
     records = []
     for i in range(len(dataset)):
-        best = []                                           # of a clip that cannot be read
-        if i in place:
-            best = list(zip(choices[place[i]], shares[place[i]]))
-        records.append(answer_record(dataset.rows[i], answers, best))
+        records.append(answer_record(dataset.rows[i], answers, best.get(i, [])))
     metrics = {"accuracy": percent(r["correct"] for r in records)}
     if benchmark.task == "vqa":
         listed = set(answers)
@@ -259,7 +262,7 @@ def evaluate_answers(model, dataset, benchmark, answers, loading, zero_shot):
         metrics["accuracy of known answers (as released)"] = percent(known)
         metrics["ceiling of the answer list"] = 100 * len(known) / len(records)
     if benchmark.task == "vcr":
-        metrics = {**vcr_metrics(records), **metrics}
+        metrics = {**vcr_metrics(records), **metrics}       # the benchmark's metric first
     return metrics, records
 
 
@@ -281,45 +284,46 @@ def answer_record(row, answers, best):
 
 def vcr_metrics(records):
     """Q->A, QA->R, and Q->AR: both of a question right."""
-    both = defaultdict(list)
+    pairs = defaultdict(list)
     for record in records:
-        both[record["id"].rsplit("/", 1)[0]].append(record["correct"])
-    metrics = {"Q->AR": percent(len(pair) == 2 and all(pair) for pair in both.values())}
+        question, _ = record["id"].rsplit("/", 1)           # the ids end in /qa and /qar
+        pairs[question].append(record["correct"])
+    metrics = {"Q->AR": percent(len(pair) == 2 and all(pair) for pair in pairs.values())}
     for name in ("Q->A", "QA->R"):
         metrics[name] = percent(r["correct"] for r in records if r["question_type"] == name)
     return metrics
 
 
-def evaluate_retrieval(model, dataset, loading):
+def evaluate_retrieval(model, dataset, settings):
     """Texts against clips by cosine, both ways. Several rows may describe one clip."""
-    def step(model, batch):
+    def score_batch(model, batch):
         text, video = embeddings(model, batch)
         return {"text": text, "video": video}
 
-    results = predict(model, dataset, step, loading)
+    results = predict(model, dataset, score_batch, settings)
     rows = [dataset.rows[i] for i in range(len(dataset))]
-    found = results["index"].tolist()
-    clips = list(dict.fromkeys(rows[i]["video"] for i in found))
+    found = results["index"].tolist()                       # Q rows whose clip can be read
+    clips = list(dict.fromkeys(clip_name(rows[i]) for i in found))      # C of them
     column = {clip: c for c, clip in enumerate(clips)}
-    target = np.array([column[rows[i]["video"]] for i in found])
+    target = np.array([column[clip_name(rows[i])] for i in found])      # (Q,)
     _, first = np.unique(target, return_index=True)         # the first row of each clip
     similarity = results["text"] @ results["video"][first].T            # (Q, C)
 
     text_rank = np.full(len(rows), np.inf)
     text_rank[found] = ranks(similarity.numpy(), target)
-    all_clips = len({row["video"] for row in rows})
-    clip_rank = np.full(all_clips, np.inf)
-    by_row = ranks(similarity.T.numpy()[target], np.arange(len(found)))
-    np.minimum.at(clip_rank, target, by_row)                # the best of a clip's texts
-    metrics = recalls(text_rank, all_clips, "text to video")
+    num_clips = len({clip_name(row) for row in rows})
+    clip_rank = np.full(num_clips, np.inf)
+    own_rank = ranks(similarity.T.numpy()[target], np.arange(len(found)))       # of each text, (Q,)
+    np.minimum.at(clip_rank, target, own_rank)              # the best of a clip's texts
+    metrics = recalls(text_rank, num_clips, "text to video")
     metrics |= recalls(clip_rank, len(rows), "video to text")
 
     cosines, columns = similarity.topk(min(TOP, len(clips)))
     best = dict(zip(found, zip(columns.tolist(), cosines.tolist())))
     records = []
     for i, row in enumerate(rows):
-        record = {"id": row["id"], "question_type": "", "truth": row["video"], "top": [],
-                  "prediction": None, "score": None, "correct": False, "options": all_clips}
+        record = {"id": row["id"], "question_type": "", "truth": clip_name(row), "top": [],
+                  "prediction": None, "score": None, "correct": False, "options": num_clips}
         if i in best:
             record["top"] = [(clips[c], round(cosine, 6)) for c, cosine in zip(*best[i])]
             record["prediction"] = record["top"][0][0]
@@ -329,18 +333,25 @@ def evaluate_retrieval(model, dataset, loading):
     return metrics, records
 
 
-def evaluate_pretrain(model, dataset, loading):
+def clip_name(row):
+    """The video of a row, with the part of it that is looked at: rows may share a long video."""
+    part = row.get("seconds", row.get("frames"))
+    return f"{row['video']} {part[0]}-{part[1]}" if part else row["video"]
+
+
+def evaluate_pretrain(model, dataset, settings):
     """Is the match judged rightly, and are the masked words filled in rightly?"""
-    def step(model, batch):
-        scores, words = pretrain_scores(model, batch)       # predict() refuses scores that are NaN
+    def score_batch(model, batch):
+        scores, words = pretrain_scores(model, batch)
         match = scores.argmax(-1) == batch["target"]
         B, _, L = batch["input_ids"].shape
         row = batch["masked"] // L
         right = torch.bincount(row[words.argmax(-1) == batch["labels"]], minlength=B)
         asked = torch.bincount(row, minlength=B)
+        # scores only because predict() refuses those that are not finite
         return {"scores": scores, "match": match, "right": right, "asked": asked}
 
-    results = predict(model, dataset, step, loading)
+    results = predict(model, dataset, score_batch, settings)
     matching = 100 * results["match"].sum().item() / len(dataset)
     mlm = 100 * results["right"].sum().item() / max(1, results["asked"].sum().item())
     return {"matching + MLM accuracy": (matching + mlm) / 2, "matching accuracy": matching,
@@ -354,9 +365,9 @@ def baselines(records, folder, task, answers):
     """A table by question type: [{type, questions, accuracy, chance, majority, order-blind}], the
     most frequent first, "all" last; in percent, None where unknown.
 
-    chance, majority: a random and the most frequent one of the training answers to questions of
-    that type. order-blind: what a model that ignores the order of frames can reach, where
-    dataset.json states it.
+    chance: a random one of the answers that training has for questions of the type. majority:
+    always the most frequent one. order-blind: what a model that ignores the order of frames can
+    reach, where dataset.json states it.
     """
     ceilings = manifest_info(folder).get("order_blind", {})
     counts = {}
@@ -368,24 +379,25 @@ def baselines(records, folder, task, answers):
     table = []
     everything = []
     for kind, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        # An unknown type: all training answers; without a train split: the answer list.
         known = counts.get(kind) or counts.get(None) or Counter(answers)
         usual = max(known, key=known.get, default=None)
-        rows = []
+        figures = []
         for record in group:
-            rows.append({"accuracy": record["correct"],
-                         "chance": 1 / (record["options"] or len(known)),
-                         "majority": record["truth"] == usual,
-                         "order-blind": ceilings.get(kind, 1.0)})
-        table.append(table_line(kind, rows, counts, ceilings))
-        everything += rows
+            figures.append({"accuracy": record["correct"],
+                            "chance": 1 / (record["options"] or len(known)),
+                            "majority": record["truth"] == usual,
+                            "order-blind": ceilings.get(kind, 1.0)})
+        table.append(table_line(kind, figures, counts, ceilings))
+        everything += figures
     total = table_line("all", everything, counts, ceilings)
     return [*table, total] if len(table) > 1 else [total]
 
 
-def table_line(name, rows, counts, ceilings):
-    line = {"type": name, "questions": len(rows)}
-    for figure in ("accuracy", "chance", "majority", "order-blind"):
-        line[figure] = percent(row[figure] for row in rows)
+def table_line(name, figures, counts, ceilings):
+    line = {"type": name, "questions": len(figures)}
+    for column in ("accuracy", "chance", "majority", "order-blind"):
+        line[column] = percent(row[column] for row in figures)
     if not counts:
         line["majority"] = None
     if not ceilings:
@@ -398,7 +410,7 @@ def count_by_type(rows, answers):
     counts = defaultdict(Counter)
     for i in range(len(rows)):
         row = rows[i]
-        answer = answers[row["label"]] if "label" in row else row["answer"]
+        answer = answer_record(row, answers, [])["truth"]
         counts[row.get("question_type", "")][answer] += 1
         counts[None][answer] += 1
     return counts
@@ -414,8 +426,9 @@ def format_metrics(metrics):
 
 def format_table(table):
     """The lines of baselines(), of the nine most frequent types."""
+    *types, total = table
     lines = ["question type    questions  accuracy  chance  majority  order-blind"]
-    for row in [*table[:-1][:9], table[-1]]:
+    for row in [*types[:9], total]:
         cells = []
         for name, width in (("chance", 7), ("majority", 9), ("order-blind", 12)):
             text = "-" if row[name] is None else f"{row[name]:.1f}"
@@ -445,7 +458,7 @@ def list_benchmarks():
 
 
 def pick_device(name):
-    """The named device; else a GPU of this process's own, else the CPU."""
+    """The named device; else the GPU of this process, else the CPU."""
     if name is None:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
@@ -465,10 +478,10 @@ def join_processes(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def evaluate_folder(model, checkpoint, folder, split, loading):
+def evaluate_folder(model, checkpoint, folder, split, settings):
     """Evaluate a checkpoint on one folder and print the figures.
     Returns (metrics, table, records) of evaluate() and baselines()."""
-    trained_on = folder in checkpoint.get("data", [])
+    trained_on = os.path.abspath(folder) in checkpoint.get("data", [])
     name, benchmark = benchmark_of(folder, checkpoint["task"] if trained_on else None)
     answers = checkpoint["answers"]
     heads = set(benchmark.heads)
@@ -486,7 +499,7 @@ def evaluate_folder(model, checkpoint, folder, split, loading):
     if not has_split(folder, split):
         raise UserError(f"{folder} has no {split}.jsonl; choose another --split")
     dataset = VideoTextDataset(folder, split, spec)
-    metrics, records = evaluate(model, dataset, benchmark, answers, loading, zero_shot)
+    metrics, records = evaluate(model, dataset, benchmark, answers, settings, zero_shot)
     print0(f"{name}, {split}, {len(dataset)} rows: {format_metrics(metrics)}")
     table = []
     if records:
@@ -508,44 +521,53 @@ def check_heads(model, checkpoint, folder, heads):
                     f"--init {checkpoint['path']}")
 
 
-def ask(model, checkpoint, path, question, options, captions):
+def ask(model, checkpoint, path, question, options, captions, amp):
     """The lines that answer a question about any video: the five best answers, all options, or how
     likely each caption is to belong to it."""
+    tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
+    L = model.config.text_length
+    name = OWN.get(checkpoint.get("task"), "tgif-action")
+    like = BENCHMARKS.get(checkpoint["name"], BENCHMARKS[name])         # what it has read before
+    if captions:
+        names = captions
+        heads = ["matching"]
+        texts = [tokenizer.encode(caption, L) for caption in captions]
+    elif options:
+        names = options
+        heads = ["mc", "rank", "matching"]
+        texts = tokenizer.encode_options(question, options, like.option_format, L)
+    else:
+        names = checkpoint["answers"]
+        heads = ["answer"]
+        texts = [tokenizer.encode(question, L)]
+    usable = [head for head in heads if head in model.task_heads]
+    if not usable:
+        raise UserError(f"this needs a head {' or '.join(heads)}; {checkpoint['path']} has "
+                        f"{', '.join(model.task_heads)} (answer: a run of --task vqa; mc: choice; "
+                        "matching: pretrain)")
     seen = []
 
     def pick(times):
-        numbers = frame_indices(len(times), model.config.frames, "eval")
+        spec = InputSpec(like, model.config, tokenizer, names)
+        numbers = frame_indices(len(times), spec.frames, "eval")
         seen[:] = times[numbers]                # read_frames may ask twice
         return numbers
 
-    tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
-    L = model.config.text_length
     frames = read_frames(path, pick, model.config.image)
-    texts = [tokenizer.encode(text, L) for text in captions or [question]]
-    if options:
-        texts = tokenizer.encode_options(question, options, "options", L)
     item = {"index": 0, "frames": frames, "texts": texts, "target": 0, "errors": {}}
-    batch = to_device(collate([item], tokenizer.pad), next(model.parameters()).device)
-    usable = {"answer"}
-    if captions or options:
-        usable = {"matching"} if captions else {"mc", "rank", "matching"}
-    if not usable & set(model.task_heads):
-        raise UserError(f"this needs a head {' or '.join(sorted(usable))}; {checkpoint['path']} "
-                        f"has {', '.join(model.task_heads)} (answer: a run of --task vqa; mc: "
-                        "choice; matching: pretrain)")
-    with torch.inference_mode():
+    device = next(model.parameters()).device
+    batch = to_device(collate([item], tokenizer.pad), device)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, amp):
         if captions:
-            pooled = read_texts(model, batch)
-            shares = model.task_heads["matching"](pooled).softmax(-1)[:, 1]
+            shares = model.task_heads["matching"](read_texts(model, batch)).softmax(-1)[:, 1]
         elif options:
-            head = "mc" if "mc" in model.task_heads else "rank"
-            shares = option_scores(model, batch, (head,)).softmax(-1)[0]
+            shares = option_scores(model, batch, usable[:1]).softmax(-1)[0]
         else:
             shares = answer_scores(model, batch).softmax(-1)[0]
     if not torch.isfinite(shares).all():
         raise UserError(f"the answer is not finite; {checkpoint['path']} holds bad weights")
-    names = captions or options or checkpoint["answers"]
-    best = shares.topk(len(names) if captions or options else min(TOP, len(names)))
+    count = len(names) if captions or options else min(TOP, len(names))
+    best = shares.float().topk(count)
     unit = "pictures" if os.path.isdir(path) else "seconds"
     looked = ", ".join(f"{time:.2f}" for time in seen)
     lines = [f"looked at {unit} {looked} of {printable(path)}"]
@@ -604,7 +626,8 @@ def open_checkpoint(path):
 def main():
     args = arguments()
     if args.list:
-        return print("\n".join(list_benchmarks()))
+        print("\n".join(list_benchmarks()))
+        return
     if args.checkpoint is None:
         raise UserError("name a run folder or a checkpoint; train one with: python train.py --task "
                         "vqa; the benchmarks: python eval.py --list")
@@ -621,15 +644,16 @@ def main():
         if asks == bool(args.caption) or len(args.options) == 1:
             raise UserError("--video needs --ask TEXT or --options with two texts or more, or else "
                             "--caption TEXT")
-        lines = ask(model, checkpoint, args.video, args.ask, args.options, args.caption)
-        return print("\n".join(lines))
+        lines = ask(model, checkpoint, args.video, args.ask, args.options, args.caption, args.amp)
+        print("\n".join(lines))
+        return
     folders = [args.data] if args.data else checkpoint.get("data", [])
     if not folders:
         raise UserError(f"{args.checkpoint} was not trained on any data; give --data FOLDER")
-    loading = Loading(args.batch, args.workers, args.amp, args.allow_missing)
+    settings = EvalSettings(args.batch, args.workers, args.amp, args.allow_missing)
     lines = []
     for folder in folders:
-        _, _, records = evaluate_folder(model, checkpoint, folder, args.split, loading)
+        _, _, records = evaluate_folder(model, checkpoint, folder, args.split, settings)
         for record in records:
             kept = {name: record[name] for name in ("id", "prediction", "truth", "score")}
             lines.append(json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n")

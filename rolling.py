@@ -2,47 +2,50 @@
 
 A transformer that looks at one frame at a time cannot see motion. So before every block, an eighth
 of each frame's patch tokens moves to the next frame and another eighth to the previous one.
-Ordinary attention inside a frame then reads its neighbours too. Nothing is learnt and nothing is
-computed: rolling is a permutation of tokens.
+Attention inside a frame then also sees tokens of the neighbouring frames. Nothing is learnt and
+nothing is computed: rolling is a permutation of tokens.
 
     python rolling.py        which frame each token comes from, and a check against the loop
 
 Axes: B clips, T frames, N visual tokens per frame (CLS first), D width.
+"Differs:" in a docstring says where this code departs from the authors' released code.
 """
 import torch
+
+FRACTIONS = (0, 1 / 8, 1 / 4, 1 / 2, 1)
 
 
 def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
     """Choose the tokens that roll, in frames of rows x cols patches.
 
-    fraction   share of the patches that move, half of it each way: 0, or 1 / (a whole number)
+    fraction   share of the patches that move, half of it each way: one of FRACTIONS
     layout     "spread": a lattice over the picture; "block": the first and the last tokens;
                "none": no token moves
     Returns (forward, backward): two int64 tensors of token numbers. Token 0 is CLS and never moves;
     token 1 + r * cols + c is the patch in row r and column c. Both are empty if less than one
     token would move.
-    Raises ValueError for an unknown layout or a fraction of another form.
+    Raises ValueError for an unknown layout or fraction.
     Differs: the released op moves the first and the last eighth, after it has shuffled the patches
     of every frame at random, in evaluation too. "block" is the same slices without the shuffle;
-    "spread" covers the picture as evenly as the shuffle does, and is deterministic.
+    "spread" covers the picture as evenly as the shuffle does, and is deterministic. With fewer than
+    8 tokens the released op moves all of them, CLS included, as x[-0:] is everything.
     """
     if layout not in ("spread", "block", "none"):
         raise ValueError(f"layout {layout!r} is unknown; choose spread, block or none")
+    if fraction not in FRACTIONS:
+        raise ValueError(f"fraction {fraction} is unknown; choose 0, 1/8, 1/4, 1/2 or 1")
     empty = torch.empty(0, dtype=torch.long)
     if layout == "none" or fraction == 0:
         return empty, empty
-    period = 2 * round(1 / fraction)
-    if fraction < 0 or abs(period * fraction - 2) > 1e-9:
-        raise ValueError(f"fraction {fraction} is not 0 or 1 / (a whole number); "
-                         "choose 0, 1/8, 1/4, 1/2 or 1")
+    period = round(2 / fraction)                # 2, 4, 8 or 16
     N = 1 + rows * cols
     count = (N - 1) // period
     if count == 0:
         return empty, empty
     if layout == "block":
         return torch.arange(1, 1 + count), torch.arange(N - count, N)
-    # Every period-th patch would form columns where cols is a multiple of the period. The shift by
-    # 3 patches a row makes a lattice instead.
+    # Every period-th patch would form columns where cols is a multiple of the period. A shift by 3
+    # patches a row, a number that no period has as a factor, makes a lattice instead.
     row = torch.arange(rows)[:, None]
     col = torch.arange(cols)
     phase = ((col + 3 * row) % period).flatten()
@@ -57,9 +60,8 @@ def roll_tokens(x, forward, backward):
 
     x (B, T, N, D), any dtype, not modified; forward, backward: 1-d int64 tensors without a token in
     common. Returns a new tensor (B, T, N, D). Source: paper, section 3.2.
-    Raises ValueError if x is not 4-d, or if the groups overlap, hold token 0 (CLS) or exceed N - 1.
-    Differs: with fewer than 8 tokens the released op moves all of them, CLS included; here
-    roll_groups then returns empty groups.
+    Raises ValueError if x is not 4-d, and on a CPU also if the groups overlap, hold token 0 (CLS)
+    or exceed N - 1.
     """
     check_groups(x, forward, backward)
     out = x.clone()
@@ -86,7 +88,7 @@ def check_groups(x, forward, backward):
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; rolling needs (B, T, N, D)")
     if torch.compiler.is_compiling() or forward.device.type != "cpu":
-        return                                  # reading numbers from a GPU would make the CPU wait
+        return      # torch.compile cannot read numbers, and on a GPU the CPU would wait for them
     tokens = forward.tolist() + backward.tolist()
     if len(set(tokens)) < len(tokens):
         raise ValueError(f"groups {forward.tolist()} and {backward.tolist()} overlap")
@@ -95,7 +97,7 @@ def check_groups(x, forward, backward):
                          f"allowed are 1 to N - 1 = {x.shape[2] - 1}")
 
 
-def picture(layout, T=3, side=12):
+def picture(layout, T=3, side=12):              # the model's 14 do not fit into a terminal's width
     """Text: T frames of side x side patches after one roll; each cell names the frame that its
     token came from."""
     frame_of = torch.arange(T).view(1, T, 1, 1).expand(1, T, 1 + side * side, 1)
@@ -114,12 +116,13 @@ def main():
     for layout in ("block", "spread"):
         print(picture(layout), end="\n\n")
     torch.manual_seed(0)
-    for trial in range(50):
-        rows, cols, B, T, D = torch.randint(1, 6, (5,)).tolist()
-        groups = roll_groups(rows, cols, layout=("block", "spread")[trial % 2])
+    for _ in range(25):
+        rows, cols, B, T, D = torch.randint(3, 7, (5,)).tolist()
         x = torch.randn(B, T, 1 + rows * cols, D)
-        assert torch.equal(roll_tokens(x, *groups), roll_loop(x, *groups)), (rows, cols, B, T, D)
-    print("roll_tokens equals roll_loop on 50 random shapes")
+        for layout in ("block", "spread"):
+            groups = roll_groups(rows, cols, layout=layout)
+            assert torch.equal(roll_tokens(x, *groups), roll_loop(x, *groups)), (layout, x.shape)
+    print("roll_tokens equals roll_loop on 25 random shapes, in both layouts")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from data import (BatchSampler, benchmark_of, BENCHMARKS, check_shared_memory, c
                   frame_indices, InputSpec, make_loader, Manifest, manifest_info, MixedDataset,
                   pick_frames, read_answers, read_frames, readable, Tokenizer, VideoError,
                   VideoTextDataset, wordpiece)
-from eval import Loading, option_scores
+from eval import EvalSettings, option_scores
 from rolling import roll_groups, roll_loop, roll_tokens
 from train import Recipe
 
@@ -167,7 +167,7 @@ def test_roll_refuses_wrong_tokens(forward, backward, line):
 
 
 def test_rolling_refuses_wrong_choices():
-    for fraction in (0.35, 2 / 3, -1 / 4):
+    for fraction in (0.35, 1 / 3, 1 / 16, -1 / 4, 5e-324):
         with pytest.raises(ValueError, match="choose 0, 1/8, 1/4, 1/2 or 1"):
             roll_groups(4, 4, fraction)
     with pytest.raises(ValueError, match="'random' is unknown; choose spread, block or none"):
@@ -181,7 +181,7 @@ def test_rolling_script_fits_a_terminal():
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[1].startswith("2 2 2 ")        # in frame 0, from frame 2
-    assert lines[-1] == "roll_tokens equals roll_loop on 50 random shapes"
+    assert lines[-1] == "roll_tokens equals roll_loop on 25 random shapes, in both layouts"
     assert max(map(len, lines)) <= 79
 
 
@@ -225,7 +225,7 @@ def test_allinone_script_prints_the_sizes(monkeypatch, capsys):
     ("image", 225, "image 225 is no multiple of patch 16"),
     ("roll", 7, "roll is 7, not str"),
     ("roll", "x", "layout 'x' is unknown; choose spread, block or none"),
-    ("fraction", 0.3, "fraction 0.3 is not 0 or 1 / "),
+    ("fraction", 0.3, "fraction 0.3 is unknown; choose 0, 1/8, "),
     ("dropout", float("nan"), "dropout nan is not from 0 to 0.9")])
 def test_config_refuses_values_that_no_model_can_have(field, value, line):
     with pytest.raises(UserError, match=f"^config: {line}"):
@@ -296,7 +296,7 @@ def test_fewer_queries_give_the_same_numbers(queries):
     frames, input_ids, mask = inputs()
     want = model(frames, input_ids, mask)
     video = model.embed_frames(frames)
-    got = model.fuse(video, input_ids, mask, queries)
+    got = model.joint(video, input_ids, mask, queries)
     assert_close(got.pooled, want.pooled)
     assert_close(got.text, want.text[:, :queries])
 
@@ -633,7 +633,7 @@ def test_code_in_a_file_is_not_executed(zipped, path):
     ("config", {}, "config fields .*'width'.* missing"),
     ("config", CONFIG | {"depth": 1}, "config fields .'depth'. are unknown"),
     ("config", CONFIG | {"width": -96}, "width -96 is not from 8 to 8192"),
-    ("config", CONFIG | {"fraction": 5e-324}, "infinity"),
+    ("config", CONFIG | {"fraction": 5e-324}, "fraction 5e-324 is unknown"),
     ("model", None, "model is missing or not a dict"),
     ("task_heads", None, "task_heads is missing or not a list"),
     ("task_heads", [["answer"]], "task head .* is unknown"),
@@ -2189,10 +2189,11 @@ def test_no_worker_keeps_the_main_process_from_ending(exception, code, stderr):
 
 def test_too_little_shared_memory_is_found_out_before(monkeypatch):
     spec = InputSpec(BENCHMARKS["msrvtt-qa"], Config(), TOKENIZER, [])
+    clips = SimpleNamespace(spec=spec, views=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     with one_line("2 workers need 110 MiB in /dev/shm, which has 64 MiB"):
-        check_shared_memory(spec, batch=32, workers=2)
-    check_shared_memory(spec, batch=32, workers=1)
+        check_shared_memory(clips, batch=32, workers=2)
+    check_shared_memory(clips, batch=32, workers=1)
 
 
 def test_data_py_describes_any_file(clip_folder, monkeypatch, capsys):
@@ -2334,11 +2335,11 @@ def judge(monkeypatch):
             monkeypatch.setattr(eval, function, lambda *_: scores)
         monkeypatch.setattr(eval, "embeddings", lambda *_: scores.unbind(1))
 
-        def predict(model, dataset, step, loading):
+        def predict(model, dataset, step, settings):
             return {"index": torch.tensor(found), **step(None, {})}
 
         monkeypatch.setattr(eval, "predict", predict)
-        return eval.evaluate(None, Rows(rows), BENCHMARKS[name], answers, Loading())
+        return eval.evaluate(None, Rows(rows), BENCHMARKS[name], answers, EvalSettings())
 
     return call
 
@@ -2494,7 +2495,7 @@ def test_scores_that_are_not_finite_are_an_error(run, toy, name, head):
     for p in model.task_heads[head].parameters():
         p.data.fill_(math.nan)
     with pytest.raises(UserError, match="is not finite"):
-        eval.evaluate_folder(model, checkpoint, toy(name), None, Loading())
+        eval.evaluate_folder(model, checkpoint, toy(name), None, EvalSettings())
 
 
 # ---- eval: what is printed -----------------------------------------------------------------------
@@ -2621,7 +2622,7 @@ class FakeModel:
     def embed_frames(self, frames):
         return frames
 
-    def fuse(self, video, input_ids, attention_mask, queries):
+    def joint(self, video, input_ids, attention_mask, num_queries):
         return Output(input_ids[:, :1].float(), None, None)
 
     def encode_text(self, input_ids, attention_mask):
@@ -3161,7 +3162,7 @@ MISTAKES = {
     "--data qa --seed 18446744073709551616": "--seed 18446744073709551616",
     "--data qa --set x=1": "--set x=1: give NAME=VALUE, NAME out of fraction, time",
     "--data qa --set time=maybe": "--set time=maybe: time takes 0 or 1",
-    "--data qa --set fraction=0.3": "fraction 0.3 is not 0 or 1 / (a whole number)",
+    "--data qa --set fraction=0.3": "fraction 0.3 is unknown; choose 0, 1/8, 1/4, 1/2 or 1",
     "--data qa --init nowhere": "nowhere cannot be read: No such file or directory",
     "--data qa --out a\0b": "--out 'a\\x00b'",
     "--data qa --compile": "--compile needs a C compiler, and none is installed",

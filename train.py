@@ -5,8 +5,8 @@
     python train.py --data data/webvid,data/cc3m --size base --init vit.pt --task pretrain
     torchrun --nproc_per_node=8 train.py ...               the same on 8 GPUs
 
-A folder of data is prepared by tools/prepare.py, foreign weights are converted by tools/weights.py.
-What the flags do not say is the recipe of the benchmark (python eval.py --list).
+tools/prepare.py prepares a folder of data, tools/weights.py converts foreign weights.
+What no flag sets comes from the recipe of the benchmark (python eval.py --list).
 """
 import argparse
 import contextlib
@@ -31,9 +31,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (BatchSampler, InputSpec, MixedDataset, Tokenizer, VideoTextDataset, benchmark_of,
-                  check_shared_memory, has_split, make_loader, manifest_info, read_answers)
-from eval import (Loading, answer_scores, check_positive, check_workers, default_workers,
+from data import (MASK_SHARE, OWN, BatchSampler, InputSpec, MixedDataset, Tokenizer,
+                  VideoTextDataset, benchmark_of, check_shared_memory, has_split, make_loader,
+                  manifest_info, read_answers)
+from eval import (EvalSettings, answer_scores, check_positive, check_workers, default_workers,
                   embeddings, evaluate, evaluate_folder, format_metrics, join_processes,
                   open_checkpoint, option_scores, pick_device, pretrain_scores, read_checkpoint,
                   read_texts, to_device)
@@ -45,7 +46,7 @@ TEMPERATURE = 0.05                              # of the cosines, as released
 
 class Losses(nn.Module):
     """The losses of a batch, as a forward pass that DistributedDataParallel and torch.compile can
-    wrap. Each loss is a plain mean; the total is their sum."""
+    wrap. The total is the sum of the losses that these functions return."""
 
     def __init__(self, model, benchmark):
         super().__init__()
@@ -66,7 +67,8 @@ class Losses(nn.Module):
 
 
 def cross_entropy(scores, target):
-    """The mean over the rows whose target is known (not -1: an answer outside the list)."""
+    """The mean over the rows whose target is known (not -1: an answer outside the list); 0 if none
+    is, where PyTorch's own mean is NaN."""
     loss = F.cross_entropy(scores.float(), target, ignore_index=-1, reduction="sum")
     return loss / (target >= 0).sum().clamp(min=1)
 
@@ -103,14 +105,15 @@ class GatherRows(torch.autograd.Function):
 def retrieval_losses(model, batch):
     """Contrast; with --vtm also the rank loss (the clip's caption against drawn ones) and, at half
     weight, matching: the caption belongs to the clip, the first drawn one does not.
-    Differs: the released code draws another clip for matching, not another caption."""
+    Differs: for matching, the released code keeps the caption and draws another clip."""
     losses = {"contrast": contrastive_loss(*embeddings(model, batch))}
     if "rank" not in model.task_heads:
         return losses
     B, A, _ = batch["input_ids"].shape
     pooled = read_texts(model, batch)
     scores = model.task_heads["rank"](pooled).view(B, A)
-    match = model.task_heads["matching"](pooled).view(B, A, 2)[:, :2].flatten(0, 1)
+    match = model.task_heads["matching"](pooled).view(B, A, 2)
+    match = match[:, :2].flatten(0, 1)                      # texts 0, its own, and 1, a drawn one
     is_own = torch.tensor([1, 0], device=match.device).repeat(B)
     losses["rank"] = cross_entropy(scores, batch["target"])
     losses["matching"] = 0.5 * cross_entropy(match, is_own)
@@ -129,10 +132,10 @@ def pretrain_losses(model, batch):
 
 # ---- data ----------------------------------------------------------------------------------------
 
-# The toy size starts from nothing and has its own recipe: learning rate, batch, clips seen in all.
-TOY = {"vqa": ("msrvtt-qa", 6e-4, 16, 67_200), "choice": ("tgif-action", 6e-4, 8, 8_000),
-       "vcr": ("vcr", 6e-4, 8, 8_000), "retrieval": ("msrvtt", 7e-4, 32, 30_000),
-       "pretrain": ("webvid", 7e-4, 32, 72_000), "action": ("hmdb51", 6e-4, 32, 16_000)}
+# The toy size has its own recipe for each task: learning rate, batch, clips seen in all.
+TOY = {"vqa": (6e-4, 16, 67_200), "choice": (6e-4, 8, 8_000), "vcr": (6e-4, 8, 8_000),
+       "retrieval": (7e-4, 32, 30_000), "pretrain": (7e-4, 32, 72_000),
+       "action": (6e-4, 32, 16_000)}
 TOY_MASK_SHARE = 0.5    # its captions are short: the word that needs time must often be masked
 
 
@@ -158,7 +161,7 @@ class Data:
         if "answer" in self.benchmark.heads:
             self.answers = read_answers(self.folders[0])
         self.config = make_config(args, init, self)
-        self.toy = self.config.width == SIZES["toy"].width
+        self.toy = self.config.width == SIZES["toy"].width      # --init brings a config, no name
         self.train = MixedDataset(self.open("train", args))
         self.val = []                           # your own data may have none
         if all(has_split(folder, "val") for folder in self.folders):
@@ -167,7 +170,7 @@ class Data:
     def open(self, split, args):
         datasets = []
         train = split == "train"
-        mask_share = TOY_MASK_SHARE if self.toy and train else 0.15     # 15 %: BERT's
+        mask_share = TOY_MASK_SHARE if self.toy and train else MASK_SHARE
         for folder, benchmark in zip(self.folders, self.benchmarks):
             negatives = benchmark.negatives if self.vtm else 0
             spec = InputSpec(benchmark, self.config, self.tokenizer, self.answers, negatives,
@@ -182,8 +185,8 @@ def find_folders(args):
         return [os.path.abspath(folder) for folder in args.data.split(",")]
     if args.task is None:
         raise UserError(f"give --data FOLDER, or --task for the toy world: {', '.join(TOY)}")
-    from tools.toy import make_toy
-    name = TOY[args.task][0]
+    from tools.toy import make_toy              # here, as it imports data.py, and only for the toy
+    name = OWN[args.task]
     if RANK == 0:
         make_toy("data/toy", [name])
     wait_for_all()
@@ -207,7 +210,8 @@ def find_tokenizer(args, init, folder):
 
 
 def make_config(args, init, data):
-    """Of --size, or of --init; with the text length and the frames of the benchmark."""
+    """The config of --size or --init, with the benchmark's text length and frames; at least the
+    paper's 3, so that a checkpoint of pictures can start a run on videos."""
     config = init["config"] if init and not args.size else SIZES[args.size or "toy"]
     changes = {"vocab": len(data.tokenizer), "answers": len(data.answers),
                "text_length": data.benchmark.text_length,
@@ -228,11 +232,15 @@ def parse_settings(pairs):
         name, _, text = pair.partition("=")
         if name not in SETTABLE:
             raise UserError(f"--set {pair}: give NAME=VALUE, NAME out of {', '.join(SETTABLE)}")
+        if kinds[name] is bool:
+            if text not in ("0", "1"):
+                raise UserError(f"--set {pair}: {name} takes 0 or 1")
+            settings[name] = text == "1"
+            continue
         try:
-            settings[name] = {"0": False, "1": True}[text] if kinds[name] is bool else float(text)
-        except (ValueError, KeyError):
-            raise UserError(f"--set {pair}: {name} takes "
-                            + ("0 or 1" if kinds[name] is bool else "a number")) from None
+            settings[name] = float(text)
+        except ValueError:
+            raise UserError(f"--set {pair}: {name} takes a number") from None
     return settings
 
 
@@ -269,12 +277,16 @@ class Recipe:
 
 
 def make_recipe(args, data):
-    """Prints the recipe, and what a smaller batch means."""
+    """The Recipe, printed; also what a smaller batch means."""
     benchmark = data.benchmark
-    _, lr, usual, clips = TOY[benchmark.task]
-    if not data.toy:
-        lr = benchmark.lr
-        usual = benchmark.batch
+    lr = benchmark.lr
+    usual = benchmark.batch
+    head_lr = benchmark.head_lr
+    warmup = benchmark.warmup
+    if data.toy:
+        lr, usual, clips = TOY[benchmark.task]
+        head_lr = 1
+        warmup = 0
     pieces = args.accum * WORLD
     lengths = [len(part) for part in data.train.parts]
     batch = min(args.batch or usual, min(lengths) // pieces * pieces)
@@ -289,16 +301,12 @@ def make_recipe(args, data):
     if data.toy:                                # its manifests may ask for fewer clips
         steps = manifest_info(data.folders[0]).get("toy_clips", clips) // batch
     steps = args.steps or max(1, steps)
-    warmup = benchmark.warmup
-    if data.toy or warmup == 0:
-        warmup = round(0.1 * steps)
-    head_lr = 1 if data.toy else benchmark.head_lr
-    recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup, epoch)
+    recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup or round(0.1 * steps), epoch)
     print0(f"recipe: batch {batch}, {steps} steps of which {epoch} are an epoch, lr {recipe.lr:g} "
            f"(task heads x {head_lr:g}), warm-up {recipe.warmup} steps")
     if args.batch and batch < usual:
-        print0(f"the usual batch is {usual}; --batch {usual} --accum {usual // batch} keeps it in "
-               "the same memory")
+        print0(f"the usual batch is {usual}; --batch {usual} --accum {args.accum * usual // batch} "
+               "keeps it in the same memory")
     return recipe
 
 
@@ -348,7 +356,7 @@ class RunFolder:
         return os.path.join(self.folder, name)
 
     def claim(self, settings, resume):
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps(settings))         # tuples become lists, as in the file
         config = self.path("config.json")
         if not resume and os.path.exists(config):
             raise UserError(f"{self.folder} holds a run; go on with --resume, or choose another "
@@ -377,7 +385,7 @@ class RunFolder:
                                 "same flags and data, or another --out")
 
     def cut_log(self):
-        """Lines after the last checkpoint will come again; a line that was cut is lost."""
+        """Drop the lines after the last checkpoint, which will come again, and one that was cut."""
         try:
             with open(self.path("metrics.jsonl"), "a+b") as file:
                 file.seek(0)
@@ -402,7 +410,7 @@ class RunFolder:
         """A checkpoint that needs no flags: it carries tokenizer, answers and folders."""
         if RANK > 0:
             return
-        logged = os.path.getsize(self.path("metrics.jsonl"))
+        logged = os.path.getsize(self.path("metrics.jsonl"))        # cut_log has made it
         save_checkpoint(self.path(name), model, logged=logged, answers=data.answers,
                         tokenizer=data.tokenizer.to_json(), name="+".join(data.names),
                         data=data.folders, task=data.benchmark.task, **about)
@@ -421,7 +429,8 @@ class RunFolder:
 
 
 def run_settings(args, data, recipe):
-    """What must be equal for a resumed run to be the same run."""
+    """What must be equal for a resumed run to be the same run; threads, as they change the order in
+    which numbers are added."""
     return {"names": data.names, "rows": [part.rows.crc for part in data.train.parts],
             "model": asdict(data.config), "recipe": asdict(recipe), "init": args.init,
             "accum": args.accum, "processes": WORLD,
@@ -439,8 +448,8 @@ class Stop(Exception):
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a wish to stop after the step. A wait for data ends at once.
-    With several processes the first one saves; the others go on until it has ended."""
+    """SIGTERM and Ctrl-C ask the loop to stop after the current step; waiting for data ends at
+    once. With several processes the first one saves; the others go on until it has ended."""
 
     def __init__(self):
         self.asked = False
@@ -451,7 +460,8 @@ class StopSignal:
     def ask(self, number, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)    # a second Ctrl-C ends at once
         if RANK > 0:
-            sys.excepthook = lambda *details: None      # no traceback when the first has ended
+            sys.excepthook = lambda *details: None      # when the first has ended, the next gather
+                                                        # fails: no traceback of that
             return
         self.asked = True
         if self.waiting:
@@ -472,7 +482,8 @@ class StopSignal:
 
 
 class BadClips:
-    """Training goes on without a few clips: 1 %, or 10. Each is written to bad.txt."""
+    """Training goes on without a few clips: 1 % of them, or 10 if that is more. Each is written to
+    bad.txt."""
 
     def __init__(self, run, rows):
         self.run = run
@@ -484,10 +495,12 @@ class BadClips:
             if name not in self.seen:
                 self.seen.add(name)
                 self.run.append("bad.txt", f"{name}\t{cause}")
-        if len(self.seen) > self.limit or "frames" not in batch:
+        listed = f"{self.run.path('bad.txt')} lists them; prepare the data again"
+        if "frames" not in batch:
+            raise UserError(f"no training clip of a whole batch can be read; {listed}")
+        if len(self.seen) > self.limit:
             raise UserError(f"{len(self.seen)} training clips cannot be read, the limit is "
-                            f"{self.limit}; {self.run.path('bad.txt')} lists them; prepare the "
-                            "data again")
+                            f"{self.limit}; {listed}")
 
 
 def train_step(losses, optimizer, micro_batches, amp):
@@ -496,9 +509,9 @@ def train_step(losses, optimizer, micro_batches, amp):
     means = {}
     for n, batch in enumerate(micro_batches):
         # Gradients of all processes are averaged once, after the last micro-batch.
-        waits = WORLD > 1 and n + 1 < count
+        more_follow = WORLD > 1 and n + 1 < count
         device = batch["frames"].device.type
-        with losses.no_sync() if waits else contextlib.nullcontext():
+        with losses.no_sync() if more_follow else contextlib.nullcontext():
             with torch.autocast(device, torch.bfloat16, enabled=amp):
                 parts = losses(batch)
             (sum(parts.values()) / count).backward()
@@ -510,7 +523,8 @@ def train_step(losses, optimizer, micro_batches, amp):
 
 
 def check_losses(step, means, micro_batches):
-    """Raises UserError if a loss is not finite, naming the step, the losses and the rows."""
+    """Raises UserError if a loss is not finite, naming the step, the losses and the rows. On a GPU
+    only logged steps are checked: the first bad step may be an earlier one."""
     if all(math.isfinite(loss) for loss in means.values()):
         return
     losses = ", ".join(f"{name} {loss:g}" for name, loss in means.items())
@@ -546,20 +560,22 @@ def loop(args, data, recipe, model, optimizer, run, device):
     losses = wrap(Losses(model, data.benchmark), args, data, device)
     lengths = [len(part) for part in data.train.parts]
     sampler = BatchSampler(lengths, recipe.batch, args.seed, args.accum, RANK, WORLD, step)
-    check_shared_memory(data.train.parts[0].spec, recipe.batch // sampler.pieces, args.workers)
+    check_shared_memory(data.train.parts[0], recipe.batch // sampler.pieces, args.workers)
     batches = make_loader(data.train, sampler, args.workers, data.tokenizer.pad)
-    loading = Loading(min(recipe.batch, 64), args.workers, args.amp, allow_missing=True)
+    settings = EvalSettings(min(recipe.batch, 64), args.workers, args.amp, allow_missing=True)
     chance = chance_losses(data, recipe.batch // args.accum)
     bad = BadClips(run, sum(lengths))
     stop = StopSignal()
     started = time.perf_counter()
     first_step = step
     waited = 0.0                                # seconds, for data
-    bar = progress(range(step, recipe.steps), "training")
+    bar = progress(range(step, recipe.steps), "training")   # for its length
     model.train()
     while step < recipe.steps:
-        logs = (step + 1) % max(1, recipe.steps // 40) == 0 or step + 1 == recipe.steps
-        ends = (step + 1) % max(recipe.epoch, recipe.steps // 20) == 0 or step + 1 == recipe.steps
+        last = step + 1 == recipe.steps
+        log_now = last or (step + 1) % max(1, recipe.steps // 40) == 0          # 40 lines a run
+        # After every epoch, but not more than 20 times.
+        validate_now = last or (step + 1) % max(recipe.epoch, recipe.steps // 20) == 0
         seed_step(args.seed, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, recipe)
@@ -574,27 +590,28 @@ def loop(args, data, recipe, model, optimizer, run, device):
             micro_batches[n] = to_device(batch, device)
         means = train_step(losses, optimizer, micro_batches, args.amp)
         step += 1
-        if logs or device.type == "cpu":        # on a GPU, reading a number makes the CPU wait
+        if log_now or device.type == "cpu":     # on a GPU, reading a number makes the CPU wait
             means = mean_over_processes(means, device)
             check_losses(step, means, micro_batches)
         bar.update()
-        if logs:
+        if log_now:
             lr = optimizer.param_groups[0]["lr"]
             spent = time.perf_counter() - started
             speed = {"clips_per_s": (step - first_step) * recipe.batch / spent,
                      "waiting": waited / spent}
             print0(log_line(step, recipe, means, chance, lr, speed))
             run.log({"step": step, **means, "chance": chance, "lr": lr, **speed})
-        if ends:
-            metrics = validate(model, data, loading)
-            score = metrics.get(data.benchmark.metric, step)    # without val the last is the best
+        if validate_now:
+            metrics = validate(model, data, settings)
+            score = step                        # without a val split the last is the best
             if metrics:
+                score = metrics[data.benchmark.metric]
                 print0(f"validation at step {step}: {format_metrics(metrics)}")
             run.log({"step": step, "val": metrics})
             if score > best:
                 best = score
                 run.save("best.pt", model, data, step=step)
-        if logs or ends:
+        if log_now or validate_now:
             run.save("last.pt", model, data, step=step, best=best, bad=list(bad.seen),
                      optimizer=optimizer.state_dict())
     bar.close()
@@ -607,7 +624,7 @@ def loop(args, data, recipe, model, optimizer, run, device):
 
 
 def wrap(losses, args, data, device):
-    """For torch.compile and several processes."""
+    """Wrap the losses in torch.compile and DistributedDataParallel, where asked for."""
     if args.compile:
         losses = torch.compile(losses)
     if WORLD > 1:
@@ -625,7 +642,8 @@ def seed_step(seed, step):
 
 
 def log_line(step, recipe, means, chance, lr, speed):
-    """What is printed of a step; lab/README.md explains it."""
+    """What is printed of a step: the losses, each beside that of a guess, and the speed; its
+    seconds include validation."""
     parts = [f"step {step:5d}/{recipe.steps}"]
     for name, loss in means.items():
         parts.append(f"{name} {loss:.3f} (chance {chance[name]:.3f})")
@@ -635,28 +653,30 @@ def log_line(step, recipe, means, chance, lr, speed):
     return " | ".join(parts)
 
 
-def validate(model, data, loading):
+def validate(model, data, settings):
     """The metrics of the validation set; of several, the mean."""
     sums = {}
     for dataset, benchmark in zip(data.val, data.benchmarks):
-        metrics, _ = evaluate(model, dataset, benchmark, data.answers, loading)
+        metrics, _ = evaluate(model, dataset, benchmark, data.answers, settings)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value / len(data.val)
     return sums
 
 
 def test(run, data, args, device):
-    """The test figures, once, of the checkpoint that was best on validation."""
+    """The test figures, once, of the checkpoint that was best on validation; without a test split
+    those of val."""
     wait_for_all()                              # the first process may still be writing it
     model, checkpoint = open_checkpoint(run.path("best.pt"))
     model.to(device)
-    loading = Loading(64, args.workers, args.amp, allow_missing=True)
+    settings = EvalSettings(64, args.workers, args.amp, allow_missing=True)
     figures = {}
     for name, folder in zip(data.names, data.folders):
         if not has_split(folder, "test") and not has_split(folder, "val"):
             continue
-        metrics, table, _ = evaluate_folder(model, checkpoint, folder, None, loading)
-        figures[name if name not in figures else folder] = {"metrics": metrics, "table": table}
+        metrics, table, _ = evaluate_folder(model, checkpoint, folder, None, settings)
+        key = folder if name in figures else name           # two folders may have one name
+        figures[key] = {"metrics": metrics, "table": table}
     if RANK == 0:
         write_file(run.path("test.json"), json.dumps(figures, indent=1, allow_nan=False))
 
@@ -691,7 +711,8 @@ def arguments():
     recipe("--vtm", action="store_true", help="retrieval: add the rank and the matching loss")
     recipe("--contrast", action="store_true", help="pre-training: add the contrastive loss")
     run = parser.add_argument_group("run").add_argument
-    run("--out", metavar="FOLDER", help="run folder (default: runs/NAME-SIZE-ROLL-sSEED)")
+    run("--out", metavar="FOLDER", help="run folder (default: runs/NAME-SIZE-ROLL-sSEED, with "
+        "init for the size after --init, and what --set sets)")
     run("--resume", action="store_true", help="go on with the run in --out")
     run("--seed", type=int, default=0, help="of weights, order and frames (default 0)")
     run("--amp", action="store_true", help="bfloat16 (default: float32)")
@@ -713,7 +734,7 @@ def check_flags(args):
 def main():
     args = arguments()
     check_flags(args)
-    device = pick_device(None)
+    device = pick_device(None)                  # CUDA_VISIBLE_DEVICES= is the way to the CPU
     join_processes(device)
     init = read_checkpoint(args.init) if args.init else None
     data = Data(args, init)

@@ -129,7 +129,7 @@ def show_reach(T=5):
     video = torch.randn(1, T, 17, model.config.width).repeat(1 + T, 1, 1, 1)
     for t in range(T):
         video[1 + t, t] = torch.randn(17, model.config.width)
-    model.fuse(video, torch.zeros(1 + T, 3, dtype=torch.long))
+    model.joint(video, torch.zeros(1 + T, 3, dtype=torch.long))
     print(f"\nwith T = {T}, the frames that each frame has information from")
     for i in (0, 1):
         x = seen[f"blocks.{i}"].unflatten(0, (1 + T, T))

@@ -398,7 +398,7 @@ def open_loader(kind, folder, config, batch, workers):
     spec = InputSpec(BENCHMARKS["webvid"], config, tokenizer, [])
     rows = kind(folder, "train", spec, train=True)
     sampler = BatchSampler([len(rows)], batch, seed=0)
-    check_shared_memory(spec, batch, workers)
+    check_shared_memory(rows, batch, workers)
     return make_loader(MixedDataset([rows]), sampler, workers, tokenizer.pad)
 
 

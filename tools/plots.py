@@ -234,7 +234,7 @@ def draw_sequence(words=5, padding=2):
     with torch.inference_mode(), record_attention(model) as maps:
         video = torch.randn(1, T, N, config.width)
         input_ids = torch.zeros(1, L, dtype=torch.long)
-        model.fuse(video, input_ids, torch.arange(L)[None] < words)
+        model.joint(video, input_ids, torch.arange(L)[None] < words)
     attends = (maps[0].sum(1) > 0).long()                               # (T, S, S)
     tokens = roll_tokens(frame_numbers(T, N), model.forward_group, model.backward_group)
     text = torch.tensor([4] * words + [0] * padding).expand(T, L)

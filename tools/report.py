@@ -23,7 +23,7 @@ import torch
 
 from allinone import UserError, count_parameters, run_main, write_file
 from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of
-from eval import (Loading, check_positive, default_workers, evaluate_folder, open_checkpoint,
+from eval import (EvalSettings, check_positive, default_workers, evaluate_folder, open_checkpoint,
                   pick_device)
 from rolling import roll_groups, roll_tokens
 from tools.toy import encode_picture
@@ -38,12 +38,12 @@ def record_attention(model):
     maps = []
 
     def hook(attention, inputs, output):
-        x, mask, queries = inputs
+        x, mask, num_queries = inputs
         rows, S, D = x.shape
         K = D // attention.heads
         qkv = attention.qkv(x).view(rows, S, 3, attention.heads, K)
         q, k, _ = qkv.permute(2, 0, 3, 1, 4)                            # each (B*T, H, S, K)
-        scores = q[:, :, :queries] @ k.mT / K ** 0.5
+        scores = q[:, :, :num_queries] @ k.mT / K ** 0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         maps.append(scores.softmax(-1))
@@ -132,9 +132,9 @@ def answer_item(model, dataset, row, record, frames):
             "attention": base64.b64encode(content).decode()}
 
 
-def page_data(model, checkpoint, folder, split, count, loading):
+def page_data(model, checkpoint, folder, split, count, settings):
     """Evaluate, and collect what the page shows."""
-    metrics, table, records = evaluate_folder(model, checkpoint, folder, split, loading)
+    metrics, table, records = evaluate_folder(model, checkpoint, folder, split, settings)
     name, benchmark = benchmark_of(folder)
     retrieval = benchmark.task == "retrieval"
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
@@ -194,8 +194,8 @@ def main():
     if not folders:
         raise UserError(f"{args.run} was not trained on any data; give --data FOLDER")
     model.to(pick_device(None))
-    loading = Loading(workers=default_workers(), allow_missing=args.allow_missing)
-    data = page_data(model, checkpoint, folders[0], args.split, args.rows, loading)
+    settings = EvalSettings(workers=default_workers(), allow_missing=args.allow_missing)
+    data = page_data(model, checkpoint, folders[0], args.split, args.rows, settings)
     write_file(args.page, make_page(data))
     print(f"{args.page}: {len(data['items'])} of {data['rows']} rows; open it in a browser")
 

@@ -36,7 +36,7 @@ from allinone import (AllInOne, build_model, Config, init_narrow, load_checkpoin
                       run_main, save_checkpoint, SIZES, UserError)
 from data import (BENCHMARKS, Manifest, manifest_info, pick_frames, read_frames, SPECIAL, Tokenizer,
                   wordpiece)
-from eval import Loading, open_checkpoint
+from eval import EvalSettings, open_checkpoint
 from rolling import roll_groups, roll_loop
 from tools import bench, prepare as tool, report, search, toy, weights
 from tools.prepare import DataRoot, GIVEN, hold_out, prepare, read_all, READERS, stem
@@ -1196,8 +1196,8 @@ def test_equals_released_model(name, dtype, out, tolerance, tmp_path):
     with torch.no_grad():
         o = model(frames, ids, mask)
         video = model.embed_frames(frames).repeat_interleave(A, dim=0)
-        option = model.fuse(video, z["in/option_ids"].flatten(0, 1),
-                            z["in/option_masks"].bool().flatten(0, 1), queries=1).pooled
+        option = model.joint(video, z["in/option_ids"].flatten(0, 1),
+                            z["in/option_masks"].bool().flatten(0, 1), num_queries=1).pooled
         text = model.encode_text(ids, mask)
         clip = model.encode_video(frames)
         wrong = z["out/itm/itm_labels"] == 0
@@ -1496,7 +1496,7 @@ def write_checkpoint(path, *heads):
 def make_page(folder, head):
     """(the HTML, its data) of the test rows in a folder."""
     model, checkpoint = open_checkpoint(write_checkpoint(folder / "a.pt", head))
-    data = report.page_data(model, checkpoint, str(folder), "test", 9, Loading())
+    data = report.page_data(model, checkpoint, str(folder), "test", 9, EvalSettings())
     html = report.make_page(data)
     return html, json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
 
