@@ -44,8 +44,17 @@ def roll_tokens():
         yield (x, *groups), expected, "BTND", {
             "rolled the wrong way: `forward` tokens go from frame t to frame t + 1":
                 rolling.roll_tokens(x, *reversed(groups)),
+            "roll along the axis of frames alone: give roll() its dims": roll_all_axes(x, *groups),
+            "the tokens of `backward` move too": rolling.roll_tokens(x, groups[0], groups[1][:0]),
             "after the last frame comes the first": open_ends
         }
+
+
+def roll_all_axes(x, forward, backward):
+    out = x.clone()
+    out[:, :, forward] = x[:, :, forward].roll(1)
+    out[:, :, backward] = x[:, :, backward].roll(-1)
+    return out
 
 
 def roll_gradient():
@@ -110,6 +119,8 @@ def attention():
             "the mask is inverted: it is True where a token may be attended to": inverted,
             "the scores are not divided by sqrt(K)":
                 F.scaled_dot_product_attention(q, k, v, mask, scale=1.0),
+            "softmax runs over the keys, the last axis of the scores":
+                scores.masked_fill(~mask, -torch.inf).softmax(-2) @ v,
             "the weights of a query do not sum to 1: mask before the softmax":
                 (scores.softmax(-1) * mask) @ v,
             "fill with -inf; other scores can be below a finite number":
@@ -136,7 +147,9 @@ def mlm_loss():
         "word 0 is a word: use labels >= 0":
             train.cross_entropy(flat, labels.where(labels != 0, -1).flatten()),
         "a label of -1 means that nothing is asked; it is no word":
-            train.cross_entropy(flat, labels.flatten() % V)
+            train.cross_entropy(flat, labels.flatten() % V),
+        "a label of -1 means that nothing is asked; it is not word 0":
+            train.cross_entropy(flat, labels.flatten().clamp(min=0))
     }
     yield (scores, nothing), torch.tensor(0.0), "", {
         "in this call no word is masked": torch.tensor(torch.nan)
@@ -153,6 +166,7 @@ def contrastive_loss():
     yield (text, video, t), expected, "", {
         one_way: by_text,
         f"{one_way}.": expected - by_text,
+        "these are the same direction twice": 2 * by_text,
         "add the two directions; do not take their mean": expected / 2,
         "take the mean over the rows, not the sum": expected * B,
         "the temperature is not used": train.contrastive_loss(text * t, video),
@@ -176,7 +190,7 @@ def ranks():
             1 + (-scores).argsort(1).argsort(1)[np.arange(7), target],
         "places better + 1 to better + equal have the mean better + (equal + 1) / 2":
             expected - 0.5,
-        "`equal` counts the right candidate too": expected + 0.5,
+        "the right candidate ties with itself; do not count it": expected + 0.5,
         "higher scores are better": evaluation.ranks(-scores, target),
         "count from 1: the best has rank 1": expected - 1
     }
@@ -223,12 +237,16 @@ def is_close(a, b):
     return torch.isclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
+def kind(tensor):
+    return f"numbers of type {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def compare(name, got, expected, axes):
     """Lines that state what is wrong with one tensor; [] if nothing is."""
     if got.shape != expected.shape:
         return [f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"]
     if got.dtype != expected.dtype:
-        lines = [f"dtype {got.dtype}, expected {expected.dtype}"]
+        lines = [f"{kind(got)}, expected {kind(expected)}"]
         if got.numel() == 0:
             lines.append("hint: an empty tensor is float32 unless you give dtype=torch.int64")
         return lines
@@ -241,7 +259,7 @@ def compare(name, got, expected, axes):
     lines = [f"{wrong.sum()} of {wrong.numel()} numbers differ, the first at ({place}): {values}"]
     if not axes:
         lines = [values]
-    if got.isnan().any():
+    if got[first].isnan():
         lines.append("hint: nan is 0 / 0 or inf / inf: is nothing or everything masked, or did "
                      "exp() overflow?")
     if axes == "BTND" and first[2] == 0:
