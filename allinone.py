@@ -41,6 +41,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -491,11 +492,29 @@ def load_checkpoint(path):
     return {**content, "config": config}
 
 
+def read_checkpoint(path):
+    """load_checkpoint of a file, or of best.pt in a run folder."""
+    if os.path.isdir(path):
+        if not os.path.exists(os.path.join(path, "best.pt")):
+            raise UserError(f"{path} is no run folder: it holds no best.pt; train one with: python "
+                            "train.py --task vqa")
+        path = os.path.join(path, "best.pt")
+    checkpoint = load_checkpoint(path)
+    checkpoint.setdefault("name", os.path.basename(path))
+    return {**checkpoint, "path": path}
+
+
 def build_model(checkpoint):
     """The model of a checkpoint (of load_checkpoint), in eval mode."""
     model = AllInOne(checkpoint["config"], checkpoint["task_heads"])
     model.load_state_dict(checkpoint["model"])
     return model.eval()
+
+
+def open_checkpoint(path):
+    """(model, checkpoint) of a file or a run folder."""
+    checkpoint = read_checkpoint(path)
+    return build_model(checkpoint), checkpoint
 
 
 def read_torch_file(path):
@@ -648,6 +667,27 @@ RANK = int(os.environ.get("RANK", 0))           # the number of this process; se
 WORLD = int(os.environ.get("WORLD_SIZE", 1))    # how many processes there are
 
 
+def pick_device(name):
+    """The named device; else the GPU of this process, else the CPU."""
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {cause:.60}; use cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def join_processes(device):
+    """Join the other processes that torchrun has started, if any."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
 def print0(*parts):
     """Print on the first process alone."""
     if RANK == 0:
@@ -658,6 +698,22 @@ def progress(iterable, what, total=None):
     """A progress bar of at most 79 columns, on the first process's terminal."""
     hidden = RANK > 0 or not sys.stderr.isatty()
     return tqdm(iterable, desc=what, total=total, ncols=79, disable=hidden, leave=False)
+
+
+def default_workers():
+    return min(8, (os.cpu_count() or 2) // 2)
+
+
+def check_positive(args, *names):
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 10 ** 9:
+            raise UserError(f"--{name} {value}: must be above 0 and below a billion")
+
+
+def check_workers(workers):
+    if not 0 <= workers < 1000:
+        raise UserError(f"--workers {workers}: must be from 0 to 999")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from allinone import (RANK, WORLD, UserError, build_model, load_checkpoint, print0, printable,
-                      progress, run_main, write_file)     # first: it prepares the import of torch
+from allinone import (RANK, WORLD, UserError, check_positive, check_workers, default_workers,
+                      join_processes, open_checkpoint, pick_device, print0, printable, progress,
+                      run_main, write_file)     # first: it prepares the import of torch
 
 import numpy as np
 import torch
@@ -457,27 +458,6 @@ def list_benchmarks():
 # ---- python eval.py ------------------------------------------------------------------------------
 
 
-def pick_device(name):
-    """The named device; else the GPU of this process, else the CPU."""
-    if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        cause = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: {cause:.60}; use cpu, cuda or cuda:NUMBER") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def join_processes(device):
-    """Join the other processes that torchrun has started, if any."""
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
 def evaluate_folder(model, checkpoint, folder, split, settings):
     """Evaluate a checkpoint on one folder and print the figures.
     Returns (metrics, table, records) of evaluate() and baselines()."""
@@ -601,28 +581,6 @@ def arguments():
     return parser.parse_args()
 
 
-def default_workers():
-    return min(8, (os.cpu_count() or 2) // 2)
-
-
-def read_checkpoint(path):
-    """load_checkpoint of a file, or of best.pt in a run folder."""
-    if os.path.isdir(path):
-        if not os.path.exists(os.path.join(path, "best.pt")):
-            raise UserError(f"{path} is no run folder: it holds no best.pt; train one with: python "
-                            "train.py --task vqa")
-        path = os.path.join(path, "best.pt")
-    checkpoint = load_checkpoint(path)
-    checkpoint.setdefault("name", os.path.basename(path))
-    return {**checkpoint, "path": path}
-
-
-def open_checkpoint(path):
-    """(model, checkpoint) of a file or a run folder."""
-    checkpoint = read_checkpoint(path)
-    return build_model(checkpoint), checkpoint
-
-
 def main():
     args = arguments()
     if args.list:
@@ -661,18 +619,6 @@ def main():
         write_file(args.predictions, "".join(lines))
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_positive(args, *names):
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not 0 < value < 10 ** 9:
-            raise UserError(f"--{name} {value}: must be above 0 and below a billion")
-
-
-def check_workers(workers):
-    if not 0 <= workers < 1000:
-        raise UserError(f"--workers {workers}: must be from 0 to 999")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 
-from allinone import (RANK, SIZES, WORLD, AllInOne, Config, UserError, count_parameters,
-                      init_narrow, load_checkpoint, load_weights, lock_folder, print0, progress,
-                      run_main, save_checkpoint, write_file)    # first: it prepares torch
+from allinone import (RANK, SIZES, WORLD, AllInOne, Config, UserError, check_positive,
+                      check_workers, count_parameters, default_workers, init_narrow, join_processes,
+                      load_checkpoint, load_weights, lock_folder, open_checkpoint, pick_device,
+                      print0, progress, read_checkpoint, run_main, save_checkpoint,
+                      write_file)               # first: it prepares the import of torch
 
 import numpy as np
 import torch
@@ -34,10 +36,8 @@ from torch import nn
 from data import (MASK_SHARE, OWN, BatchSampler, InputSpec, MixedDataset, Tokenizer,
                   VideoTextDataset, benchmark_of, check_shared_memory, has_split, make_loader,
                   manifest_info, read_answers)
-from eval import (EvalSettings, answer_scores, check_positive, check_workers, default_workers,
-                  embeddings, evaluate, evaluate_folder, format_metrics, join_processes,
-                  open_checkpoint, option_scores, pick_device, pretrain_scores, read_checkpoint,
-                  read_texts, to_device)
+from eval import (EvalSettings, answer_scores, embeddings, evaluate, evaluate_folder,
+                  format_metrics, option_scores, pretrain_scores, read_texts, to_device)
 
 # ---- losses --------------------------------------------------------------------------------------
 

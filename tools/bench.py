@@ -44,11 +44,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import allinone
-from allinone import SIZES, AllInOne, UserError, make_head, multiply_adds, printable, run_main
+from allinone import (SIZES, AllInOne, UserError, check_positive, make_head, multiply_adds,
+                      pick_device, printable, run_main)
 from data import (BENCHMARKS, SPECIAL, BatchSampler, InputSpec, Manifest, MixedDataset, Tokenizer,
                   VideoTextDataset, check_shared_memory, frame_indices, make_loader, read_frames,
                   wordpiece)
-from eval import check_positive, pick_device, to_device
+from eval import to_device
 from train import Losses, make_optimizer, seed_step, train_step
 
 # ---- timing --------------------------------------------------------------------------------------

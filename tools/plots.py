@@ -26,10 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from allinone import SIZES, AllInOne, Config, UserError, printable, run_main
+from allinone import SIZES, AllInOne, Config, UserError, check_positive, printable, run_main
 from data import (BENCHMARKS, InputSpec, VideoTextDataset, benchmark_of, captions_of,
                   read_answers)
-from eval import check_positive
 from rolling import roll_groups, roll_tokens
 from tools.report import record_attention
 

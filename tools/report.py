@@ -21,10 +21,10 @@ from dataclasses import replace
 
 import torch
 
-from allinone import UserError, count_parameters, run_main, write_file
+from allinone import (UserError, check_positive, count_parameters, default_workers,
+                      open_checkpoint, pick_device, run_main, write_file)
 from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of
-from eval import (EvalSettings, check_positive, default_workers, evaluate_folder, open_checkpoint,
-                  pick_device)
+from eval import EvalSettings, evaluate_folder
 from rolling import roll_groups, roll_tokens
 from tools.toy import encode_picture
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from allinone import UserError, printable, progress, run_main, write_file
+from allinone import (UserError, open_checkpoint, pick_device, printable, progress, run_main,
+                      write_file)
 from data import MEDIA, Tokenizer, VideoError, frame_indices, read_frames
-from eval import open_checkpoint, pick_device
 
 
 def list_clips(folder, sha256):

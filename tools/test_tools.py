@@ -33,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from allinone import (AllInOne, build_model, Config, init_narrow, load_checkpoint, load_weights,
-                      run_main, save_checkpoint, SIZES, UserError)
+                      open_checkpoint, run_main, save_checkpoint, SIZES, UserError)
 from data import (BENCHMARKS, Manifest, manifest_info, pick_frames, read_frames, SPECIAL, Tokenizer,
                   wordpiece)
-from eval import EvalSettings, open_checkpoint
+from eval import EvalSettings
 from rolling import roll_groups, roll_loop
 from tools import bench, prepare as tool, report, search, toy, weights
 from tools.prepare import DataRoot, GIVEN, hold_out, prepare, read_all, READERS, stem
@@ -2015,7 +2015,7 @@ def test_common_mistakes_get_their_hints(check_answers):
     ("right_ranks = ranks\ndef ranks(scores, target):\n"
      "    return right_ranks(scores, target) - 0.5\n", "better + (equal + 1) / 2"),
     ("def ranks(scores, target):\n    own = scores[np.arange(len(scores)), target]\n"
-     "    return 1 + (scores > own[:, None]).sum(1)\n", "dtype torch.int64"),
+     "    return 1 + (scores > own[:, None]).sum(1)\n", "numbers of type int64"),
     ("right = mlm_loss\ndef mlm_loss(scores, labels):\n"
      "    return right(scores, labels) if (labels >= 0).any() else 0\n",
      "returned an int, expected a Tensor")
