@@ -2016,6 +2016,11 @@ def test_common_mistakes_get_their_hints(check_answers):
      "    return right_ranks(scores, target) - 0.5\n", "better + (equal + 1) / 2"),
     ("def ranks(scores, target):\n    own = scores[np.arange(len(scores)), target]\n"
      "    return 1 + (scores > own[:, None]).sum(1)\n", "numbers of type int64"),
+    ("def roll_tokens(x, forward, backward):\n    out = x.clone()\n"
+     "    out[:, :, forward] = x[:, :, forward].roll(1)\n"
+     "    out[:, :, backward] = x[:, :, backward].roll(-1)\n    return out\n", "give roll() its dims"),
+    ("def attention(q, k, v, mask):\n    scores = q @ k.mT / q.shape[-1] ** 0.5\n"
+     "    return scores.masked_fill(~mask, -torch.inf).softmax(-2) @ v\n", "softmax runs over the keys"),
     ("right = mlm_loss\ndef mlm_loss(scores, labels):\n"
      "    return right(scores, labels) if (labels >= 0).any() else 0\n",
      "returned an int, expected a Tensor")
@@ -2024,7 +2029,7 @@ def test_each_common_mistake_gets_one_line(check_answers, code, hint):
     name = re.findall(r"def (\w+)", code)[0]
     _, out, _ = check_answers(code, name)
     assert hint in out
-    assert out.count("hint: ") == (0 if "expected a" in hint or "dtype" in hint else 1)
+    assert out.count("hint: ") == (0 if "expected a" in hint or "type int" in hint else 1)
 
 
 def test_an_empty_group_of_another_dtype_gets_one_hint(check_answers):
