@@ -1933,6 +1933,7 @@ def test_views_are_an_axis_in_evaluation_only(clip_folder):
     assert len(views) == 3
     assert torch.equal(views[1], read_frames(clip_folder / "a.mp4", [3, 9], 16))
     train = dataset(clip_folder, [QUESTION], train=True, views=3)
+    assert train.views == 1                     # what check_shared_memory counts
     assert train[0, 0]["frames"].shape == (3, 3, 16, 16)
 
 
@@ -2391,6 +2392,14 @@ def test_texts_rank_clips_and_a_clip_its_best_text(judge):
     assert metrics["video to text MeanR"] == 1.25       # two texts are equally near to b: 1.5
 
 
+def test_parts_of_one_video_are_clips_of_their_own(judge):
+    """Each text finds the part of the other."""
+    rows = [{"id": "1", "video": "a", "seconds": part} for part in ([0, 5], [5, 9])]
+    metrics, records = judge("msrvtt", rows, [[EAST, NORTH], [NORTH, EAST]])
+    assert metrics["text to video R@1"] == 0
+    assert [record["prediction"] for record in records] == ["a 5-9", "a 0-5"]
+
+
 def test_missing_clips_rank_behind_all_others(judge):
     rows = [{"id": clip, "video": clip} for clip in "abc"]
     metrics, _ = judge("msrvtt", rows, [[EAST, EAST], [NORTH, NORTH], None])
@@ -2524,6 +2533,14 @@ def test_baselines_by_question_type(tmp_path):
         "all 3 33.3 66.7 66.7 66.7".split()]
 
 
+def test_a_label_of_training_beyond_the_list_is_counted(tmp_path):
+    rows = [{"video": "v", "label": label} for label in (0, 7, 7)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    record = {"question_type": "", "truth": "run", "correct": 1, "options": 0}
+    table = eval.baselines([record], tmp_path, "action", ["run"])
+    assert table[0]["majority"] == 0
+
+
 def test_list_names_every_benchmark(run):
     text = run("eval.py --list")
     assert re.findall(r"^(\S+) .* lr", text, re.M) == list(BENCHMARKS)
@@ -2547,6 +2564,23 @@ def test_a_question_about_your_own_video(run, toy):
     assert len(shares) == 5 and shares == sorted(shares, reverse=True)
     assert about == "(trained on msrvtt-qa: 20 answers, 187 word pieces)"
     run(f"eval.py run --video {clip} --caption ring", error="run/best.pt has answer")
+
+
+def test_your_own_picture_is_read_as_the_run_has_read(run, toy):
+    """VCR: one frame, and pairs of question and option."""
+    run(f"train.py --data {toy('vcr')} --steps 2")
+    command = f"eval.py run --video {first_clip(toy('tvqa'))} --ask where"
+    looked, *_ = run(f"{command} --options left right").splitlines()
+    assert re.match(r"looked at pictures \d+\.00 of ", looked)
+
+
+def test_a_folder_is_the_same_by_another_path(run, toy):
+    """Its task is that of the run, which the rows alone do not tell: pre-training, not retrieval."""
+    shutil.copytree(toy("webvid"), "own")
+    root = data.manifest_info("own")["root"]
+    Path("own/dataset.json").write_text(json.dumps({"root": root}))
+    run("train.py --data own --task pretrain --steps 2")
+    assert "matching accuracy" in run("eval.py run --data own")
 
 
 def test_options_and_captions_for_your_own_folder_of_pictures(run, toy):
