@@ -252,8 +252,11 @@ def _list_packets(path, stream):
             pictures.append(_mpeg4_pictures(packet))
         if small:
             packets.append(packet)
-    if rows and (packet.is_corrupt or name == "gif" and not _has_gif_picture(bytes(packet))):
-        del rows[-6:]                                           # the file is cut here, or it ends
+    if rows:
+        is_cut = packet.is_corrupt
+        is_trailer = name == "gif" and not _has_gif_picture(bytes(packet))
+        if is_cut or is_trailer:
+            del rows[-6:]
     if not rows:
         raise VideoError(f"{path}: no frames in it")
     if header[8:16] == b"WEBPVP8X" and header[20] & 2:          # the bit for animation

@@ -3187,6 +3187,7 @@ MISTAKES = {
     "": "give --data FOLDER, or --task for the toy world: vqa, choice, vcr, retrieval, pretrain",
     "--data nowhere": "nowhere holds no dataset.json, train.jsonl or test.jsonl; prepare data",
     "--data qa --steps 0": "--steps 0: must be above 0",
+    "--data vcr --frames 5": "--frames is not for vcr, which has pictures",
     "--data qa --batch -1": "--batch -1: must be above 0",
     "--data qa --batch 1000000000": "--batch 1000000000: must be above 0 and below a billion",
     "--data qa --accum 3": "--batch 4 must be a multiple of 3",
@@ -3208,6 +3209,7 @@ MISTAKES = {
 def test_mistakes_are_one_line_before_any_clip_is_read(run, toy, monkeypatch, flags):
     Path("qa").symlink_to(toy("msrvtt-qa"))
     Path("webvid").symlink_to(toy("webvid"))
+    Path("vcr").symlink_to(toy("vcr"))
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(data, "read_frames", pytest.fail)
     run(f"train.py {flags}", error=MISTAKES[flags])

@@ -156,11 +156,13 @@ class Data:
             raise UserError(f"several folders and --contrast are for pre-training, not for {task}")
         if task != "retrieval" and args.vtm:
             raise UserError(f"--vtm is for retrieval, not for {task}")
+        if args.frames and all(benchmark.frames == 1 for benchmark in self.benchmarks):
+            raise UserError(f"--frames is not for {self.names[0]}, which has pictures")
         self.tokenizer = find_tokenizer(args, init, self.folders[0])
         self.answers = []
         if "answer" in self.benchmark.heads:
             self.answers = read_answers(self.folders[0])
-        self.config = make_config(args, init, self)
+        self.config = make_config(args, init, self.benchmark, self.tokenizer, self.answers)
         self.toy = self.config.width == SIZES["toy"].width      # --init brings a config, no name
         self.train = MixedDataset(self.open("train", args))
         self.val = []                           # your own data may have none
@@ -209,13 +211,13 @@ def find_tokenizer(args, init, folder):
     raise UserError(f"{path} is not there; give --tokenizer vocab.txt or bert-base-uncased")
 
 
-def make_config(args, init, data):
+def make_config(args, init, benchmark, tokenizer, answers):
     """The config of --size or --init, with the benchmark's text length and frames; at least the
     paper's 3, so that a checkpoint of pictures can start a run on videos."""
     config = init["config"] if init and not args.size else SIZES[args.size or "toy"]
-    changes = {"vocab": len(data.tokenizer), "answers": len(data.answers),
-               "text_length": data.benchmark.text_length,
-               "frames": args.frames or max(3, data.benchmark.frames)}
+    changes = {"vocab": len(tokenizer), "answers": len(answers),
+               "text_length": benchmark.text_length,
+               "frames": args.frames or max(3, benchmark.frames)}
     if args.roll:
         changes["roll"] = args.roll
     return replace(config, **changes, **parse_settings(args.set))
@@ -687,36 +689,36 @@ def test(run, data, args, device):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data").add_argument
-    data("--task", choices=TOY, help="what to train (default: what --data is for)")
-    data("--data", metavar="FOLDER", help="a prepared folder; for pre-training several, with "
+    add = parser.add_argument_group("data").add_argument
+    add("--task", choices=TOY, help="what to train (default: what --data is for)")
+    add("--data", metavar="FOLDER", help="a prepared folder; for pre-training several, with "
          "commas (default: the toy world, made in data/toy)")
-    data("--tokenizer", metavar="FILE", help="tokenizer.json, vocab.txt or hub name (default: that "
+    add("--tokenizer", metavar="FILE", help="tokenizer.json, vocab.txt or hub name (default: that "
          "of --init, else tokenizer.json in --data)")
-    data("--workers", type=int, default=default_workers(), help="processes that read clips, for "
+    add("--workers", type=int, default=default_workers(), help="processes that read clips, for "
          "each process of torchrun (here %(default)s)")
-    model = parser.add_argument_group("model").add_argument
-    model("--size", choices=SIZES, help="default: that of --init, else toy")
-    model("--init", metavar="RUN", help="a run folder or a checkpoint to start from (default: "
-          "random weights)")
-    model("--frames", type=int, help="T, frames of a clip (default: the recipe's)")
-    model("--roll", choices=("spread", "block", "none"), help="which tokens roll (default: spread)")
-    model("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other fields of the model: "
-          + ", ".join(SETTABLE))
-    recipe = parser.add_argument_group("recipe").add_argument
-    recipe("--steps", type=int, help="optimiser steps")
-    recipe("--batch", type=int, help="clips per step, over all processes and micro-batches")
-    recipe("--accum", type=int, default=1, help="micro-batches per step (default 1)")
-    recipe("--lr", type=float, help="peak learning rate")
-    recipe("--vtm", action="store_true", help="retrieval: add the rank and the matching loss")
-    recipe("--contrast", action="store_true", help="pre-training: add the contrastive loss")
-    run = parser.add_argument_group("run").add_argument
-    run("--out", metavar="FOLDER", help="run folder (default: runs/NAME-SIZE-ROLL-sSEED, with "
+    add = parser.add_argument_group("model").add_argument
+    add("--size", choices=SIZES, help="default: that of --init, else toy")
+    add("--init", metavar="RUN", help="a run folder or a checkpoint to start from (default: "
+        "random weights)")
+    add("--frames", type=int, help="T, frames of a clip (default: the recipe's)")
+    add("--roll", choices=("spread", "block", "none"), help="which tokens roll (default: spread)")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other fields of the model: "
+        + ", ".join(SETTABLE))
+    add = parser.add_argument_group("recipe").add_argument
+    add("--steps", type=int, help="optimiser steps")
+    add("--batch", type=int, help="clips per step, over all processes and micro-batches")
+    add("--accum", type=int, default=1, help="micro-batches per step (default 1)")
+    add("--lr", type=float, help="peak learning rate")
+    add("--vtm", action="store_true", help="retrieval: add the rank and the matching loss")
+    add("--contrast", action="store_true", help="pre-training: add the contrastive loss")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="FOLDER", help="run folder (default: runs/NAME-SIZE-ROLL-sSEED, with "
         "init for the size after --init, and what --set sets)")
-    run("--resume", action="store_true", help="go on with the run in --out")
-    run("--seed", type=int, default=0, help="of weights, order and frames (default 0)")
-    run("--amp", action="store_true", help="bfloat16 (default: float32)")
-    run("--compile", action="store_true", help="torch.compile the losses")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--seed", type=int, default=0, help="of weights, order and frames (default 0)")
+    add("--amp", action="store_true", help="bfloat16 (default: float32)")
+    add("--compile", action="store_true", help="torch.compile the losses")
     return parser.parse_args()
 
 
@@ -742,7 +744,8 @@ def main():
         torch.set_num_threads(1)                # its matrices are too small to share
     recipe = make_recipe(args, data)
     model = make_model(args, init, data).to(device)
-    print0(f"model: {count_parameters(model) / 1e6:.2f} M parameters, T {data.config.frames}, roll "
+    frames = max(part.spec.frames for part in data.train.parts)
+    print0(f"model: {count_parameters(model) / 1e6:.2f} M parameters, T {frames}, roll "
            f"{data.config.roll} {data.config.fraction:g}, on {device}")
     optimizer = make_optimizer(model, recipe)
     run = RunFolder(args.out or default_folder(args, data), run_settings(args, data, recipe),
