@@ -51,11 +51,12 @@ from rolling import roll_groups, roll_tokens
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
-# The least and the greatest value of a field. 3 tokens are [CLS], a word, [SEP]; 5 words are the
-# special ones. The upper limits only keep a damaged file from asking for all memory.
+# The least and the greatest value of a field. text_length is at least 3: [CLS], a word, [SEP];
+# vocab at least 5: the special tokens. The upper limits keep a damaged file from asking for all
+# memory.
 LIMITS = {"width": (8, 8192), "layers": (1, 128), "heads": (1, 128), "image": (8, 2048),
           "patch": (1, 256), "frames": (1, 512), "text_length": (3, 4096), "vocab": (5, 2 ** 20),
-          "answers": (0, 2 ** 20), "embed": (1, 8192), "fraction": (0, 1),
+          "answers": (0, 2 ** 20), "embed": (1, 8192),
           "dropout": (0, 0.9), "drop_path": (0, 0.9)}
 
 
@@ -77,7 +78,7 @@ class Config:
     fraction: float = 1 / 4         # share of the tokens that roll, half of it each way
     roll_unimodal: bool = False     # roll also when the video is read alone: not as released
     time: bool = True               # add time embeddings to the patches
-    dropout: float = 0.1            # after embeddings, attention, both MLP layers; in two heads
+    dropout: float = 0.1            # after embeddings, attention, MLP layers; in two heads
     drop_path: float = 0.1          # of the last block; rises linearly from 0 at the first
 
     def __post_init__(self):
@@ -93,7 +94,7 @@ class Config:
             raise UserError(f"config: width {self.width} is no multiple of heads {self.heads}")
         if self.image % self.patch:
             raise UserError(f"config: image {self.image} is no multiple of patch {self.patch}")
-        try:                                            # for its checks of layout and fraction
+        try:                                            # checks both values, for any grid
             roll_groups(1, 1, self.fraction, self.roll)
         except ValueError as error:
             raise UserError(f"config: {error}") from None
@@ -117,7 +118,7 @@ SIZES = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention inside one frame, its words included."""
+    """Multi-head self-attention over the words and the tokens of one frame."""
 
     def __init__(self, D, heads, dropout):
         super().__init__()
@@ -128,7 +129,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, num_queries=None):
         """x (B*T, S, D); mask (B*T, 1, 1, S) bool, True where keys may be attended to, or None.
-        num_queries: compute only the first so many tokens; None: all.
+        num_queries: give only this many tokens, from the first on; None: all.
         -> (B*T, num_queries or S, D)"""
         BT, S, D = x.shape
         qkv = self.qkv(x).view(BT, S, 3, self.heads, D // self.heads)
@@ -364,11 +365,11 @@ def init_weights(model, std):
     for table in (model.text_embed.weight, model.text_pos, model.text_segment, model.cls_token,
                   model.modality_embed, model.pos_embed, model.time_embed):
         nn.init.normal_(table, std=std or 1.0)
-    state = model.state_dict()
-    for head in ("rank", "rank2"):
-        if "matching" in model.task_heads and head in model.task_heads:
-            copy_rank_from_matching(state, head)
-    model.load_state_dict(state)
+    heads = model.task_heads
+    for head in ("rank", "rank2"):                  # they start as row 1 of matching
+        if "matching" in heads and head in heads:
+            row = {name: t[1:] for name, t in heads["matching"].state_dict().items()}
+            heads[head].load_state_dict(row)
 
 
 def copy_rank_from_matching(state, head):
@@ -426,8 +427,7 @@ def top_name(name):
 
 
 def fit_rows(table, target):
-    """The first rows of `table`, as many as `target` has; where there are too few, the last rows of
-    `target` itself."""
+    """`table` with as many rows as `target`: cut, or continued with the last rows of `target`."""
     count = min(len(table), len(target))
     return torch.cat([table[:count].to(target), target[count:]])
 
@@ -482,7 +482,7 @@ def load_checkpoint(path):
         config = Config(**content["config"])
         with torch.device("meta"):                          # shapes alone: takes no memory
             expected = AllInOne(config, content["task_heads"]).state_dict()
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if not all(isinstance(answer, str) for answer in content["answers"]):
         raise UserError(f"{path}: answers are not all texts")
@@ -492,7 +492,7 @@ def load_checkpoint(path):
     return {**content, "config": config}
 
 
-def read_checkpoint(path):
+def load_run(path):
     """load_checkpoint of a file, or of best.pt in a run folder."""
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "best.pt")):
@@ -511,9 +511,9 @@ def build_model(checkpoint):
     return model.eval()
 
 
-def open_checkpoint(path):
+def load_model(path):
     """(model, checkpoint) of a file or a run folder."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = load_run(path)
     return build_model(checkpoint), checkpoint
 
 
@@ -534,8 +534,8 @@ def read_torch_file(path):
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:                              # a broken file can fail in any way
         cause = type(error).__name__
-    raise UserError(f"{path} is not a checkpoint, or is damaged ({printable(cause)}); copy it "
-                    "again")
+    raise UserError(f"{path} is not a checkpoint, or is damaged ({printable(cause)}); copy or "
+                    "convert it again")
 
 
 def check_tensors(path, tensors, expected):
@@ -578,7 +578,8 @@ def multiply_adds(config, L=40):
     S = L + N
     block = 12 * S * D * D + 2 * S * S * D          # qkv 3, proj 1, MLP 8; q @ k and weights @ v
     patches = (N - 1) * 3 * config.patch ** 2 * D
-    return config.frames * (config.layers * block + patches) + D * D
+    pooler = D * D
+    return config.frames * (config.layers * block + patches) + pooler
 
 
 def main():
@@ -676,7 +677,8 @@ def pick_device(name):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         cause = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: {cause:.60}; use cpu, cuda or cuda:NUMBER") from None
+        raise UserError(f"device {name}: {cause:.60}; eval.py takes --device cpu, cuda or "
+                        "cuda:NUMBER; CUDA_VISIBLE_DEVICES= hides all GPUs") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -5,9 +5,11 @@ folder (the manifest), words into tokens, and batches.
 
 A batch is a dict:
     frames           (B, T, 3, R, R) uint8; with several views (B, views, T, 3, R, R)
-    input_ids        (B, A, L) int64, A texts a clip: one; or the options; or with --vtm the caption
-                     and drawn ones; or in pre-training the text to match, the text with masks, the
-                     caption
+    input_ids        (B, A, L) int64, the A texts of a clip:
+                         vqa, action     one
+                         choice, vcr     one for each option
+                         retrieval       the caption; with --vtm then drawn ones
+                         pretrain        the text to match, the text with masks, the caption
     attention_mask   (B, A, L) bool, True at real words
     target           (B,) int64, the right answer or option, -1 if the answer list lacks it; in
                      pre-training 1 if the first text belongs to the clip
@@ -36,11 +38,11 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice
 
-from allinone import Config, UserError, printable, run_main     # first: it prepares torch
+from allinone import LIMITS, Config, UserError, printable, run_main     # first: it prepares torch
 
 import av
 import numpy as np
@@ -182,8 +184,9 @@ def _pick_numbers(path, pick, times):
 def _read_file(path, pick, convert, listings=None, trust=True):
     """-> (frame numbers, {number: convert(frame)}). trust: believe a kept listing, and seek.
 
-    Three ways out: few packets, as the listing says; if the file contradicts a kept listing, once
-    more with a new one; else everything in order.
+    First few packets, as the listing says. If the file contradicts it, and packets came from the
+    disk (a kept listing, or a large file): once more, with a new listing and without seeking. Else
+    everything in order.
     """
     try:
         # "explode": a damaged frame is an error here. In order, FFmpeg conceals what it can.
@@ -229,7 +232,7 @@ def _demux(stream):
         for packet in stream.container.demux(stream):
             if packet.size:                                     # PyAV ends with an empty packet
                 yield packet
-    except IndexError:
+    except IndexError:                  # PyAV finds a packet's stream by number, and has none such
         raise VideoError(f"{stream.container.name}: a stream begins late, which PyAV cannot "
                          "read") from None
 
@@ -246,6 +249,7 @@ def _list_packets(path, stream):
         if not rows:
             header = bytes(packet) + (codec.extradata or b"")
         pts = NO_TIME if packet.pts is None else packet.pts
+        # The first six fields of _Listing, in its order.
         rows.fromlist([pts, packet.dts or 0, packet.pos or 0, packet.size, packet.is_keyframe,
                        packet.is_discard])
         if name == "mpeg4":
@@ -271,7 +275,7 @@ def _has_gif_picture(content):
     at = 0
     while content[at:at + 1] == b"!":
         at += 2
-        while content[at:at + 1] > b"\0":
+        while content[at:at + 1] > b"\0":                       # not 0, not past the end
             at += content[at] + 1
         at += 1
     return content[at:at + 1] in (b",", b"G")                   # G: GIF89a, the first packet
@@ -283,7 +287,7 @@ def _mpeg4_pictures(packet):
 
 
 def _display_packets(stream, rows, header, pictures):
-    """-> (is every packet a frame?, display, skippable, display times). display sorts the
+    """-> (is every packet one frame?, display, skippable, display times). display sorts the
     packets into display order; None: only the decoder knows it.
 
     header: bytes of the first packet and the header. pictures: see _mpeg4_pictures.
@@ -298,7 +302,7 @@ def _display_packets(stream, rows, header, pictures):
     pts, dts, _, _, key, _ = rows
     codec = stream.codec_context
     name = codec.codec.canonical_name
-    is_frame = name in ONE_TO_ONE and codec.field_order <= 1    # not interlaced
+    one_to_one = name in ONE_TO_ONE and codec.field_order <= 1    # not interlaced
     display = pts
     times = pts
     skippable = np.full_like(pts, name in SKIPPABLE)
@@ -306,25 +310,28 @@ def _display_packets(stream, rows, header, pictures):
         display = None if codec.has_b_frames else pts
         times = dts
     if name == "mpeg4":
+        # After each packet: the pictures read and not yet shown. Sound: 0, and 1 if packed.
         waiting = np.cumsum([len(types) for types in pictures]) - np.arange(1, len(pictures) + 1)
         packed = re.search(rb"DivX\d+(Build|b)\d+p", header) is not None
-        is_frame = is_frame and waiting.min() >= 0 and waiting.max() <= packed
+        one_to_one = one_to_one and waiting.min() >= 0 and waiting.max() <= packed
         types = np.frombuffer(b"".join(pictures), np.uint8)[:len(pts)] >> 6
         display = 2 * np.arange(len(types))
         others = np.flatnonzero(types != 2)                     # 2: a B-frame
-        # Just before the packet of the next other frame, the last ones at the end:
+        # An I- or P-frame is shown just before the next one, the last one at the end.
         display[others] = np.append(display[others[1:]], 2 * len(types)) - 1
-        skippable = 1 - waiting                                  # two pictures cannot skip one
-        key[1:] *= not waiting.any()                            # packing is announced once
-    return is_frame, display, skippable, times
+        # While a picture waits, skipping would hit that of another packet. And a packed file is
+        # decoded from packet 0 alone, which announces the packing: so in the listing, in place.
+        skippable = 1 - waiting
+        key[1:] *= not waiting.any()
+    return one_to_one, display, skippable, times
 
 
 def _order_packets(path, stream, rows, header, pictures):
     """Sorts packets into display order -> _Listing. Decodes all if they do not show the frames."""
     pts, _, _, _, key, hidden = rows                            # edit lists hide packets
     pictures = pictures[:len(pts)]
-    is_frame, display, skippable, times = _display_packets(stream, rows, header, pictures)
-    regular = is_frame and key[0]
+    one_to_one, display, skippable, times = _display_packets(stream, rows, header, pictures)
+    regular = one_to_one and key[0]
     shown = np.flatnonzero(hidden == 0)
     order = shown[:0]
     if regular and display is not None:
@@ -402,14 +409,16 @@ def _read_sparse(reader, listing, numbers, convert):
         for frame in _decode(codec, reader.read(first, last), first, skip, damaged):
             j = frame.pts
             if display[j] < latest:
-                listing.order = listing.order[:0]               # not in the order of timestamps
+                # The timestamps are wrong: _read_in_order must count frames as they come.
+                listing.order = listing.order[:0]
                 raise _Doubt
             latest = display[j]
             if j == first and frame.key_frame and frame.pict_type == PictureType.I:
                 starts_clean = True
             if j in wanted:
                 frames[wanted[j]] = convert(frame)
-        # Frames shown before the key frame may refer to frames jumped over: they do not matter.
+        # Frames shown before the key frame may fail, as they refer to frames that were jumped over;
+        # none of them is wanted.
         if not starts_clean or any(display[j] >= display[first] for j in damaged):
             raise _Doubt
     if len(frames) < len(wanted):
@@ -455,7 +464,7 @@ def _to_rgb(frame, size, place, zoom, boxes=()):
         return rgb
     if turn[0, 0] == 0:
         rgb = rgb.swapaxes(1, 2)
-    step_x, step_y = turn.sum(0)        # a column holds one 1 or -1: the direction to read in
+    step_x, step_y = turn.sum(0)        # each column has one entry: 1, or -1 to read backwards
     return rgb[:, ::step_y, ::step_x]
 
 
@@ -521,7 +530,8 @@ def _filter(frame, *filters):
 
 @lru_cache(4)
 def _filter_graph(thread, kind, filters):
-    """Kept for the next frame of this kind and this thread: no graph may serve two threads."""
+    """Kept for the next frame of this kind and this thread: no graph may serve two threads. A graph
+    takes colour space and range from its first frame."""
     source = "video_size={}x{}:pix_fmt={}:time_base=1/1".format(*kind)
     graph = av.filter.Graph()
     graph.threads = 1
@@ -640,7 +650,7 @@ class Benchmark:
     task: str                       # vqa, choice, vcr, retrieval, pretrain or action
     dataset: str                    # the clips it uses
     heads: tuple                    # task heads
-    metric: str                     # the best checkpoint has the highest
+    metric: str                     # chooses the best checkpoint: the highest
     batch: int                      # clips per optimiser step, over all processes
     lr: float
     epochs: int = 0
@@ -649,8 +659,7 @@ class Benchmark:
     head_lr: float = 1              # task heads learn faster by this factor
     text_length: int = 40           # L
     frames: int = 3                 # T
-    option_format: str = "options"  # a text is the question, all options, one answer; or a "pair":
-                                    # the question, one option
+    option_format: str = "options"  # question, all options, one of them; "pair": question, option
     negatives: int = 0              # retrieval with --vtm: captions of other clips
     vtm: bool = False               # is --vtm, the paper's VTM loss, part of the recipe?
     views: int = 1                  # sets of frames in evaluation
@@ -730,7 +739,7 @@ BENCHMARKS = {
         **LINEAR, dataset="k400", lr=3e-4, frames=8, answers=400, rows={"test": 19906},
         chance=1 / 400, rerun="52.3", paper="50.8"),
 }
-# Your own data follows the recipe of the benchmark that is most like it.
+# The recipe for your own data, and the benchmark of train.py --task without --data.
 OWN = {"vqa": "msrvtt-qa", "choice": "tgif-action", "vcr": "vcr", "retrieval": "msrvtt",
        "pretrain": "webvid", "action": "hmdb51"}
 
@@ -738,12 +747,14 @@ OWN = {"vqa": "msrvtt-qa", "choice": "tgif-action", "vcr": "vcr", "retrieval": "
 # All data is a folder: train.jsonl, val.jsonl, test.jsonl with one row a line; answers.txt where
 # answers come from a closed list; dataset.json if tools/prepare.py wrote it. A row has a "video",
 # a path below "root" of dataset.json or else below the folder, perhaps an "id", and one of
-#     question, answer        question, options, answer (a number)        caption or captions
-#     label (a number)
+#     question, answer                                    vqa
+#     options, answer (a number), perhaps question        choice, vcr
+#     caption or captions                                 retrieval, pretrain
+#     label (a number)                                    action
 # and perhaps the part of the clip to look at: seconds or frames, [first, last]; boxes (VCR);
 # question_type. The ids of VCR's two rows of a question end in /qa and /qar.
 
-MAX_LABEL = 2 ** 20     # as many classes as a model can have
+MAX_LABEL = LIMITS["answers"][1]
 ROW_FIELDS = {"id", "video", "question", "answer", "options", "caption", "captions", "label",
               "seconds", "frames", "boxes", "question_type"}
 
@@ -841,7 +852,7 @@ def line_offsets(path):
             starts.append(size + ends + 1)
             size += len(block)
     starts = np.concatenate(starts)
-    offsets = starts[np.diff(starts, append=size) > 2]      # a row is {} and a line end at least
+    offsets = starts[np.diff(starts, append=size) > 2]      # shorter lines are blank
     part = f"{kept}.{os.getpid()}.part"
     with suppress(OSError):
         with open(part, "wb") as file:
@@ -926,8 +937,7 @@ def benchmark_of(folder, task=None):
         if task is None:
             split = "train" if has_split(folder, "train") else "test"
             task = row_task(Manifest(folder, split)[0])
-        own = replace(BENCHMARKS[OWN[task]], rows={}, answers=0, chance=0.0, rerun="", paper="")
-        return os.path.basename(os.path.abspath(folder)), own
+        return os.path.basename(os.path.abspath(folder)), BENCHMARKS[OWN[task]]
     if task not in (None, BENCHMARKS[name].task):
         raise UserError(f"{folder} is for --task {BENCHMARKS[name].task}, not {task}")
     return name, BENCHMARKS[name]
@@ -939,9 +949,12 @@ def captions_of(row):
 
 def read_answers(folder):
     """The closed answer list of a folder: line number = class. Where your own data has no
-    answers.txt: the answers of train, the most frequent first."""
+    answers.txt: the answers of train, the most frequent first; for labels class 0, class 1, ..."""
     path = os.path.join(folder, "answers.txt")
     if not os.path.exists(path):
+        if not has_split(folder, "train"):
+            raise UserError(f"{folder} holds neither answers.txt nor train.jsonl; write "
+                            "answers.txt with one answer a line")
         return list_train_answers(Manifest(folder, "train"))
     try:
         with open(path, encoding="utf-8-sig") as file:          # perhaps a byte order mark
@@ -956,8 +969,7 @@ def read_answers(folder):
 
 def list_train_answers(rows):
     counts = Counter()
-    for i in range(len(rows)):
-        row = rows[i]
+    for row in rows:
         counts[row.get("label", row.get("answer"))] += 1
     if any(isinstance(answer, int) for answer in counts):
         return [f"class {label}" for label in range(max(counts) + 1)]
@@ -1031,7 +1043,7 @@ class Tokenizer:
         Differs: the released code puts no spaces around "Options:" and "Answer:", so that they
         stick to their neighbours."""
         before = self.ids(question)
-        listing = self.ids(f"options: {' '.join(options)}")
+        all_options = self.ids(f"options: {' '.join(options)}")
         texts = []
         for option in options:
             if not before:
@@ -1039,7 +1051,7 @@ class Tokenizer:
             elif option_format == "pair":
                 end = [self.sep] + self.ids(option)
             else:
-                end = listing + self.ids(f"answer: {option}")
+                end = all_options + self.ids(f"answer: {option}")
             end = end[-(L - 2):]
             texts.append([self.cls, *before[:L - 2 - len(end)], *end, self.sep])
         return texts
@@ -1094,7 +1106,7 @@ class InputSpec:
     config: Config
     tokenizer: Tokenizer
     answers: list                   # the closed list, for vqa and action
-    negatives: int = 0              # captions of other clips, for retrieval with --vtm
+    drawn: int = 0                  # captions of other clips, for retrieval with --vtm
     mask_share: float = MASK_SHARE  # of the words, in pre-training
 
     @property
@@ -1132,7 +1144,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index)) if self.train else None
         errors = {}
-        tries = 100 if self.train else 1        # so many in a row: the disk is gone
+        tries = 100 if self.train else 1        # 100 in a row: the disk is gone
         for i in range(index, index + tries):
             number = i % len(self)
             row = self.rows[number]
@@ -1172,7 +1184,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         if task == "retrieval":
             captions = [draw(captions_of(row), rng)]
             if self.train:
-                captions += [self.other_caption(row, rng) for _ in range(spec.negatives)]
+                captions += [self.other_caption(row, rng) for _ in range(spec.drawn)]
             return {"texts": [encode(caption, L) for caption in captions], "target": 0}
         if task == "pretrain":
             return self.pretrain_text(row, rng)
@@ -1184,7 +1196,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
     def pretrain_text(self, row, rng):
         """Three texts: one to match, one with masks to fill in, the caption as it is. Target 1 if
-        the first belongs to the clip; half of them are captions of other clips.
+        the first belongs to the clip; with probability 1/2 it is a caption of another clip.
         Differs: the released code keeps the caption and draws another clip."""
         if rng is None:                         # the same masks in every evaluation
             rng = np.random.default_rng(zlib.crc32(row["id"].encode()))
@@ -1299,7 +1311,7 @@ def collate(items, pad):
         for a, ids in enumerate(item["texts"]):
             input_ids[b, a, :len(ids)] = torch.tensor(ids)
             attention_mask[b, a, :len(ids)] = True
-    if "labels" in items[0]:                    # found here: nonzero() would make a GPU's CPU wait
+    if "labels" in items[0]:    # positions here, as nonzero() on a GPU would make the CPU wait
         labels = torch.full((len(items), L), -1)
         for b, item in enumerate(items):
             labels[b, :len(item["labels"])] = torch.tensor(item["labels"])
@@ -1371,16 +1383,15 @@ def main():
         seen = []
 
         def pick(times):
-            seen.append(times)
-            return frame_indices(len(times), 3, "eval")
+            seen[:] = times, frame_indices(len(times), 3, "eval")       # may be called twice
+            return seen[1]
 
         try:
             frames = read_frames(path, pick)
         except VideoError as error:
             print(printable(error))
             continue
-        times = seen[-1]
-        picked = frame_indices(len(times), 3, "eval")
+        times, picked = seen
         seconds = ", ".join(f"{times[i]:.2f}" for i in picked)
         print(f"{printable(path)}: {len(times)} frames of {frames.shape[3]} x {frames.shape[2]}, "
               f"from {times[0]:.2f} to {times[-1]:.2f} s; evaluation looks at frames {picked}: "

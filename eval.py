@@ -7,8 +7,8 @@
     python eval.py RUN --video clip.mp4 --caption "a red ring moves left"
     python eval.py --list                                     the benchmarks and their recipes
 
-RUN is a run folder of train.py or a checkpoint file. All figures that are printed are in percent,
-but for ranks; the scores in --predictions are from 0 to 1, or ranks.
+RUN is a run folder of train.py or a checkpoint file. Printed figures are in percent, except
+ranks; the scores in --predictions are probabilities, or ranks.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from allinone import (RANK, WORLD, UserError, check_positive, check_workers, default_workers,
-                      join_processes, open_checkpoint, pick_device, print0, printable, progress,
+                      join_processes, load_model, pick_device, print0, printable, progress,
                       run_main, write_file)     # first: it prepares the import of torch
 
 import numpy as np
@@ -48,8 +48,8 @@ def ranks(scores, target):
 
 
 def recalls(rank, candidates, direction):
-    """Ranks (Q,) among so many candidates, inf where the clip cannot be read -> R@1, R@5, R@10 in
-    percent, median and mean rank. For the last two, such a clip ranks behind all others."""
+    """Ranks (Q,) among this many candidates, inf where the clip cannot be read -> R@1, R@5, R@10 in
+    percent, median and mean rank. In median and mean such a clip ranks behind all others."""
     result = {f"{direction} R@{k}": percent(rank <= k) for k in (1, 5, 10)}
     finite = np.minimum(rank, candidates + 1)
     result[f"{direction} MedR"] = float(np.median(finite))
@@ -61,7 +61,7 @@ def recalls(rank, candidates, direction):
 
 
 def answer_scores(model, batch):
-    """(B, A) over the answer list."""
+    """(B, answers), over the answer list."""
     return model.task_heads["answer"](read_texts(model, batch))
 
 
@@ -88,9 +88,8 @@ def option_scores(model, batch, heads):
 def text_score(model, pooled, head):
     """How well a text fits its clip, a number for each row of pooled: by this head, or zero-shot by
     row 1 of matching, where rank heads start."""
-    if head in model.task_heads:
-        return model.task_heads[head](pooled)[:, 0]
-    return model.task_heads["matching"](pooled)[:, 1]
+    name = head if head in model.task_heads else "matching"
+    return model.task_heads[name](pooled)[:, -1]            # the one column, or matching's column 1
 
 
 def pretrain_scores(model, batch):
@@ -249,7 +248,7 @@ def evaluate_answers(model, dataset, benchmark, answers, settings, zero_shot):
         return {"shares": F.pad(shares, (0, missing)), "choices": F.pad(choices, (0, missing))}
 
     results = predict(model, dataset, score_batch, settings)
-    best = {}                                               # not of a clip that cannot be read
+    best = {}                                   # by row; a row whose clip cannot be read has none
     for n, i in enumerate(results["index"].tolist()):
         choices = results["choices"][n].int().tolist()
         best[i] = list(zip(choices, results["shares"][n].tolist()))
@@ -287,7 +286,7 @@ def vcr_metrics(records):
     """Q->A, QA->R, and Q->AR: both of a question right."""
     pairs = defaultdict(list)
     for record in records:
-        question, _ = record["id"].rsplit("/", 1)           # the ids end in /qa and /qar
+        question = record["id"].rsplit("/", 1)[0]           # the ids end in /qa and /qar
         pairs[question].append(record["correct"])
     metrics = {"Q->AR": percent(len(pair) == 2 and all(pair) for pair in pairs.values())}
     for name in ("Q->A", "QA->R"):
@@ -314,19 +313,22 @@ def evaluate_retrieval(model, dataset, settings):
     text_rank[found] = ranks(similarity.numpy(), target)
     num_clips = len({clip_name(row) for row in rows})
     clip_rank = np.full(num_clips, np.inf)
-    own_rank = ranks(similarity.T.numpy()[target], np.arange(len(found)))       # of each text, (Q,)
+    # Row i: the clip of text i against all texts; the rank of text i among them.
+    own_rank = ranks(similarity.T.numpy()[target], np.arange(len(found)))       # (Q,)
     np.minimum.at(clip_rank, target, own_rank)              # the best of a clip's texts
     metrics = recalls(text_rank, num_clips, "text to video")
     metrics |= recalls(clip_rank, len(rows), "video to text")
 
     cosines, columns = similarity.topk(min(TOP, len(clips)))
-    best = dict(zip(found, zip(columns.tolist(), cosines.tolist())))
+    best = {}
+    for n, i in enumerate(found):
+        best[i] = list(zip(columns[n].tolist(), cosines[n].tolist()))
     records = []
     for i, row in enumerate(rows):
         record = {"id": row["id"], "question_type": "", "truth": clip_name(row), "top": [],
                   "prediction": None, "score": None, "correct": False, "options": num_clips}
         if i in best:
-            record["top"] = [(clips[c], round(cosine, 6)) for c, cosine in zip(*best[i])]
+            record["top"] = [(clips[c], round(cosine, 6)) for c, cosine in best[i]]
             record["prediction"] = record["top"][0][0]
             record["score"] = float(text_rank[i])
             record["correct"] = record["score"] == 1
@@ -354,6 +356,7 @@ def evaluate_pretrain(model, dataset, settings):
 
     results = predict(model, dataset, score_batch, settings)
     matching = 100 * results["match"].sum().item() / len(dataset)
+    # Over the rows that can be read: the masked words of the others are unknown.
     mlm = 100 * results["right"].sum().item() / max(1, results["asked"].sum().item())
     return {"matching + MLM accuracy": (matching + mlm) / 2, "matching accuracy": matching,
             "MLM accuracy": mlm}
@@ -366,9 +369,9 @@ def baselines(records, folder, task, answers):
     """A table by question type: [{type, questions, accuracy, chance, majority, order-blind}], the
     most frequent first, "all" last; in percent, None where unknown.
 
-    chance: a random one of the answers that training has for questions of the type. majority:
-    always the most frequent one. order-blind: what a model that ignores the order of frames can
-    reach, where dataset.json states it.
+    chance: a guess among the options, or among the answers that the type has in training. majority:
+    always the most frequent of these. order-blind: what a model that ignores the order of frames
+    can reach, where dataset.json states it.
     """
     ceilings = manifest_info(folder).get("order_blind", {})
     counts = {}
@@ -461,6 +464,7 @@ def list_benchmarks():
 def evaluate_folder(model, checkpoint, folder, split, settings):
     """Evaluate a checkpoint on one folder and print the figures.
     Returns (metrics, table, records) of evaluate() and baselines()."""
+    # Captions are for retrieval or for pre-training: of its own data, a checkpoint knows which.
     trained_on = os.path.abspath(folder) in checkpoint.get("data", [])
     name, benchmark = benchmark_of(folder, checkpoint["task"] if trained_on else None)
     answers = checkpoint["answers"]
@@ -506,8 +510,9 @@ def ask(model, checkpoint, path, question, options, captions, amp):
     likely each caption is to belong to it."""
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     L = model.config.text_length
-    name = OWN.get(checkpoint.get("task"), "tgif-action")
-    like = BENCHMARKS.get(checkpoint["name"], BENCHMARKS[name])         # what it has read before
+    task = checkpoint.get("task", "choice")                 # converted weights name none
+    recipe = BENCHMARKS.get(checkpoint["name"], BENCHMARKS[OWN[task]])
+    T = InputSpec(recipe, model.config, tokenizer, []).frames
     if captions:
         names = captions
         heads = ["matching"]
@@ -515,7 +520,7 @@ def ask(model, checkpoint, path, question, options, captions, amp):
     elif options:
         names = options
         heads = ["mc", "rank", "matching"]
-        texts = tokenizer.encode_options(question, options, like.option_format, L)
+        texts = tokenizer.encode_options(question, options, recipe.option_format, L)
     else:
         names = checkpoint["answers"]
         heads = ["answer"]
@@ -528,8 +533,7 @@ def ask(model, checkpoint, path, question, options, captions, amp):
     seen = []
 
     def pick(times):
-        spec = InputSpec(like, model.config, tokenizer, names)
-        numbers = frame_indices(len(times), spec.frames, "eval")
+        numbers = frame_indices(len(times), T, "eval")
         seen[:] = times[numbers]                # read_frames may ask twice
         return numbers
 
@@ -593,7 +597,7 @@ def main():
     check_workers(args.workers)
     device = pick_device(args.device)
     join_processes(device)
-    model, checkpoint = open_checkpoint(args.checkpoint)
+    model, checkpoint = load_model(args.checkpoint)
     model.to(device)
     if not args.video and (args.ask or args.options or args.caption):
         raise UserError("--ask, --options and --caption need --video FILE")

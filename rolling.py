@@ -23,12 +23,13 @@ def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
                "none": no token moves
     Returns (forward, backward): two int64 tensors of token numbers. Token 0 is CLS and never moves;
     token 1 + r * cols + c is the patch in row r and column c. Both are empty if less than one
-    token would move.
+    token would move. With "spread" they may differ by a token or two (14 x 14: 25 and 24).
     Raises ValueError for an unknown layout or fraction.
     Differs: the released op moves the first and the last eighth, after it has shuffled the patches
     of every frame at random, in evaluation too. "block" is the same slices without the shuffle;
     "spread" covers the picture as evenly as the shuffle does, and is deterministic. With fewer than
-    8 tokens the released op moves all of them, CLS included, as x[-0:] is everything.
+    8 tokens an eighth is 0 tokens, and x[-0:] is all of x: the released op then moves everything,
+    CLS included.
     """
     if layout not in ("spread", "block", "none"):
         raise ValueError(f"layout {layout!r} is unknown; choose spread, block or none")
@@ -44,8 +45,9 @@ def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
         return empty, empty
     if layout == "block":
         return torch.arange(1, 1 + count), torch.arange(N - count, N)
-    # Every period-th patch would form columns where cols is a multiple of the period. A shift by 3
-    # patches a row, a number that no period has as a factor, makes a lattice instead.
+    # Every period-th patch would form columns where cols is a multiple of the period. So each row
+    # is shifted by 3 against the one above: 3 is odd, the periods are powers of 2, and the result
+    # is a lattice.
     row = torch.arange(rows)[:, None]
     col = torch.arange(cols)
     phase = ((col + 3 * row) % period).flatten()

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from allinone import (RANK, SIZES, WORLD, AllInOne, Config, UserError, check_positive,
                       check_workers, count_parameters, default_workers, init_narrow, join_processes,
-                      load_checkpoint, load_weights, lock_folder, open_checkpoint, pick_device,
-                      print0, progress, read_checkpoint, run_main, save_checkpoint,
+                      load_checkpoint, load_weights, lock_folder, load_model, pick_device,
+                      print0, progress, load_run, run_main, save_checkpoint,
                       write_file)               # first: it prepares the import of torch
 
 import numpy as np
@@ -46,7 +46,7 @@ TEMPERATURE = 0.05                              # of the cosines, as released
 
 class Losses(nn.Module):
     """The losses of a batch, as a forward pass that DistributedDataParallel and torch.compile can
-    wrap. The total is the sum of the losses that these functions return."""
+    wrap. Returns {name: loss}; their sum is minimised."""
 
     def __init__(self, model, benchmark):
         super().__init__()
@@ -74,8 +74,8 @@ def cross_entropy(scores, target):
 
 
 def contrastive_loss(text, video):
-    """Cross-entropy over rows plus over columns of the cosines; text, video (B, E) unit vectors.
-    As released, both terms are added, not averaged. With --accum the negatives are those of one
+    """Cross-entropy over rows plus over columns of the cosines; text, video (B, embed) unit
+    vectors. As released, both terms are added, not averaged. With --accum the negatives are those of one
     micro-batch. Differs: with several processes all their pairs are negatives."""
     own = RANK * len(text) + torch.arange(len(text), device=text.device)
     by_text = text @ gather_rows(video).T / TEMPERATURE
@@ -91,7 +91,7 @@ def gather_rows(x):
 class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        rows = [torch.empty_like(x) for _ in range(WORLD)]
         dist.all_gather(rows, x.contiguous())
         return torch.cat(rows)
 
@@ -99,7 +99,7 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx, gradient):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)               # each process has a loss that reads these rows
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+        return gradient.chunk(WORLD)[RANK]
 
 
 def retrieval_losses(model, batch):
@@ -136,7 +136,7 @@ def pretrain_losses(model, batch):
 TOY = {"vqa": (6e-4, 16, 67_200), "choice": (6e-4, 8, 8_000), "vcr": (6e-4, 8, 8_000),
        "retrieval": (7e-4, 32, 30_000), "pretrain": (7e-4, 32, 96_000),
        "action": (6e-4, 32, 16_000)}
-TOY_MASK_SHARE = 0.5    # its captions are short: the word that needs time must often be masked
+TOY_MASK_SHARE = 0.5    # of its short captions: the word that order alone reveals is masked often
 
 
 class Data:
@@ -152,8 +152,10 @@ class Data:
         self.benchmark = self.benchmarks[0]
         self.vtm = args.vtm or self.benchmark.vtm
         task = self.benchmark.task
-        if task != "pretrain" and (len(found) > 1 or args.contrast):
-            raise UserError(f"several folders and --contrast are for pre-training, not for {task}")
+        tasks = {benchmark.task for benchmark in self.benchmarks}
+        if tasks != {"pretrain"} and (len(found) > 1 or args.contrast):
+            raise UserError("several folders and --contrast are for pre-training, not for "
+                            f"{', '.join(sorted(tasks - {'pretrain'}))}")
         if task != "retrieval" and args.vtm:
             raise UserError(f"--vtm is for retrieval, not for {task}")
         if args.frames and all(benchmark.frames == 1 for benchmark in self.benchmarks):
@@ -163,7 +165,7 @@ class Data:
         if "answer" in self.benchmark.heads:
             self.answers = read_answers(self.folders[0])
         self.config = make_config(args, init, self.benchmark, self.tokenizer, self.answers)
-        self.toy = self.config.width == SIZES["toy"].width      # --init brings a config, no name
+        self.toy = self.config.width == SIZES["toy"].width      # a checkpoint names no size
         self.train = MixedDataset(self.open("train", args))
         self.val = []                           # your own data may have none
         if all(has_split(folder, "val") for folder in self.folders):
@@ -186,7 +188,7 @@ def find_folders(args):
     if args.data:
         return [os.path.abspath(folder) for folder in args.data.split(",")]
     if args.task is None:
-        raise UserError(f"give --data FOLDER, or --task for the toy world: {', '.join(TOY)}")
+        raise UserError(f"give --data FOLDER, or --task for the toy world: {', '.join(OWN)}")
     from tools.toy import make_toy              # here, as it imports data.py, and only for the toy
     name = OWN[args.task]
     if RANK == 0:
@@ -212,21 +214,21 @@ def find_tokenizer(args, init, folder):
 
 
 def make_config(args, init, benchmark, tokenizer, answers):
-    """The config of --size or --init, with the benchmark's text length and frames; at least the
-    paper's 3, so that a checkpoint of pictures can start a run on videos."""
+    """The config of --size or --init, with the benchmark's text length. Frames: --frames, else the
+    benchmark's, at least the paper's 3, so that a run on pictures can start one on videos."""
     config = init["config"] if init and not args.size else SIZES[args.size or "toy"]
     changes = {"vocab": len(tokenizer), "answers": len(answers),
                "text_length": benchmark.text_length,
                "frames": args.frames or max(3, benchmark.frames)}
     if args.roll:
         changes["roll"] = args.roll
-    return replace(config, **changes, **parse_settings(args.set))
+    return replace(config, **changes, **parse_set(args.set))
 
 
 SETTABLE = ("fraction", "time", "roll_unimodal", "dropout", "drop_path")
 
 
-def parse_settings(pairs):
+def parse_set(pairs):
     """["fraction=0.125", "time=0"] -> {"fraction": 0.125, "time": False}"""
     kinds = {field.name: field.type for field in fields(Config)}
     settings = {}
@@ -275,11 +277,11 @@ class Recipe:
     head_lr: float      # factor for task heads
     steps: int
     warmup: int         # steps
-    epoch: int          # steps
+    steps_per_epoch: int
 
 
 def make_recipe(args, data):
-    """The Recipe, printed; also what a smaller batch means."""
+    """The Recipe, after printing it; also prints how to keep the usual batch."""
     benchmark = data.benchmark
     lr = benchmark.lr
     usual = benchmark.batch
@@ -303,12 +305,14 @@ def make_recipe(args, data):
     if data.toy:                                # its manifests may ask for fewer clips
         steps = manifest_info(data.folders[0]).get("toy_clips", clips) // batch
     steps = args.steps or max(1, steps)
-    recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup or round(0.1 * steps), epoch)
+    warmup = min(warmup or steps, round(0.1 * steps))       # also of a shortened run
+    recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup, epoch)
     print0(f"recipe: batch {batch}, {steps} steps of which {epoch} are an epoch, lr {recipe.lr:g} "
            f"(task heads x {head_lr:g}), warm-up {recipe.warmup} steps")
-    if args.batch and batch < usual:
-        print0(f"the usual batch is {usual}; --batch {usual} --accum {args.accum * usual // batch} "
-               "keeps it in the same memory")
+    if args.batch and batch < usual <= min(lengths):
+        accum = 2 ** math.ceil(math.log2(args.accum * usual / batch))   # it must divide a power of 2
+        print0(f"the usual batch is {usual}; --batch {usual} --accum {accum} keeps it in the same "
+               "memory")
     return recipe
 
 
@@ -359,8 +363,8 @@ class RunFolder:
 
     def claim(self, settings, resume):
         settings = json.loads(json.dumps(settings))         # tuples become lists, as in the file
-        config = self.path("config.json")
-        if not resume and os.path.exists(config):
+        path = self.path("config.json")
+        if not resume and os.path.exists(path):
             raise UserError(f"{self.folder} holds a run; go on with --resume, or choose another "
                             "--out")
         if resume:
@@ -371,15 +375,15 @@ class RunFolder:
             raise UserError(f"--out {self.folder!r}: {error}; choose another folder") from None
         self.lock = lock_folder(self.folder)                # held as long as this process lives
         if not resume:
-            write_file(config, json.dumps(settings, indent=1))
+            write_file(path, json.dumps(settings, indent=1))
 
     def check_settings(self, settings):
-        config = self.path("config.json")
+        path = self.path("config.json")
         try:
-            with open(config, encoding="utf-8") as file:
+            with open(path, encoding="utf-8") as file:
                 before = dict(json.load(file))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"--resume: {config} cannot be read ({error}); start again with "
+            raise UserError(f"--resume: {path} cannot be read ({error}); start again with "
                             "another --out") from None
         for name, value in settings.items():
             if before.get(name) != value:
@@ -387,12 +391,13 @@ class RunFolder:
                                 "same flags and data, or another --out")
 
     def cut_log(self):
-        """Drop the lines after the last checkpoint, which will come again, and one that was cut."""
+        """Drop the lines logged after the last checkpoint, as those steps run again, and a last
+        line that is cut."""
         try:
             with open(self.path("metrics.jsonl"), "a+b") as file:
                 file.seek(0)
-                whole_lines = file.read(self.last["logged"]).rfind(b"\n") + 1
-                file.truncate(whole_lines)
+                end = file.read(self.last["logged"]).rfind(b"\n") + 1
+                file.truncate(end)
         except OSError as error:
             raise UserError(f"{self.path('metrics.jsonl')}: {error.strerror}") from None
 
@@ -431,8 +436,8 @@ class RunFolder:
 
 
 def run_settings(args, data, recipe):
-    """What must be equal for a resumed run to be the same run; threads, as they change the order in
-    which numbers are added."""
+    """What must be equal for a resumed run to be the same run. Threads too: their number changes
+    the order of additions."""
     return {"names": data.names, "rows": [part.rows.crc for part in data.train.parts],
             "model": asdict(data.config), "recipe": asdict(recipe), "init": args.init,
             "accum": args.accum, "processes": WORLD,
@@ -462,8 +467,8 @@ class StopSignal:
     def ask(self, number, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)    # a second Ctrl-C ends at once
         if RANK > 0:
-            sys.excepthook = lambda *details: None      # when the first has ended, the next gather
-                                                        # fails: no traceback of that
+            # The first process saves and ends; the next gather here fails: no traceback of that.
+            sys.excepthook = lambda *details: None
             return
         self.asked = True
         if self.waiting:
@@ -535,17 +540,17 @@ def check_losses(step, means, micro_batches):
                     "--lr, or look at these clips")
 
 
-def mean_over_processes(means, device):
+def mean_over_processes(means):
     """{name: float}. Waits for the device: call it only for what is printed."""
-    values = torch.stack([loss.float() for loss in means.values()]).to(device)
+    values = torch.stack([loss.float() for loss in means.values()])
     if dist.is_initialized():
         dist.all_reduce(values)
-        values /= dist.get_world_size()
+        values /= WORLD
     return dict(zip(means, values.tolist()))
 
 
 def chance_losses(data, pairs):
-    """The loss of a guess, in nats: a loss that stays there has learnt nothing.
+    """The loss of a guess, in nats: a model whose loss stays there has learnt nothing.
     pairs: the clips of one micro-batch, which contrast tells apart."""
     row = data.train.parts[0].rows[0]
     options = len(row.get("options", ())) or max(1, len(data.answers))
@@ -562,7 +567,8 @@ def loop(args, data, recipe, model, optimizer, run, device):
     losses = wrap(Losses(model, data.benchmark), args, data, device)
     lengths = [len(part) for part in data.train.parts]
     sampler = BatchSampler(lengths, recipe.batch, args.seed, args.accum, RANK, WORLD, step)
-    check_shared_memory(data.train.parts[0], recipe.batch // sampler.pieces, args.workers)
+    largest = max(data.train.parts, key=lambda part: part.spec.frames)
+    check_shared_memory(largest, recipe.batch // sampler.pieces, args.workers)
     batches = make_loader(data.train, sampler, args.workers, data.tokenizer.pad)
     settings = EvalSettings(min(recipe.batch, 64), args.workers, args.amp, allow_missing=True)
     chance = chance_losses(data, recipe.batch // args.accum)
@@ -571,29 +577,29 @@ def loop(args, data, recipe, model, optimizer, run, device):
     started = time.perf_counter()
     first_step = step
     waited = 0.0                                # seconds, for data
-    bar = progress(range(step, recipe.steps), "training")   # for its length
+    bar = progress(None, "training", total=recipe.steps - step)
     model.train()
     while step < recipe.steps:
-        last = step + 1 == recipe.steps
-        log_now = last or (step + 1) % max(1, recipe.steps // 40) == 0          # 40 lines a run
-        # After every epoch, but not more than 20 times.
-        validate_now = last or (step + 1) % max(recipe.epoch, recipe.steps // 20) == 0
+        final = step + 1 == recipe.steps
+        log_now = final or (step + 1) % math.ceil(recipe.steps / 40) == 0       # 40 times at most
+        rarely = math.ceil(recipe.steps / 20)
+        validate_now = final or (step + 1) % max(recipe.steps_per_epoch, rarely) == 0
         seed_step(args.seed, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, recipe)
-        asked = time.perf_counter()
+        wait_began = time.perf_counter()
         try:
             micro_batches = [stop.next(batches) for _ in range(args.accum)]
         except Stop:
             break
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - wait_began
         for n, batch in enumerate(micro_batches):
             bad.note(batch)
             micro_batches[n] = to_device(batch, device)
         means = train_step(losses, optimizer, micro_batches, args.amp)
         step += 1
         if log_now or device.type == "cpu":     # on a GPU, reading a number makes the CPU wait
-            means = mean_over_processes(means, device)
+            means = mean_over_processes(means)
             check_losses(step, means, micro_batches)
         bar.update()
         if log_now:
@@ -669,7 +675,7 @@ def test(run, data, args, device):
     """The test figures, once, of the checkpoint that was best on validation; without a test split
     those of val."""
     wait_for_all()                              # the first process may still be writing it
-    model, checkpoint = open_checkpoint(run.path("best.pt"))
+    model, checkpoint = load_model(run.path("best.pt"))
     model.to(device)
     settings = EvalSettings(64, args.workers, args.amp, allow_missing=True)
     figures = {}
@@ -690,7 +696,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("data").add_argument
-    add("--task", choices=TOY, help="what to train (default: what --data is for)")
+    add("--task", choices=OWN, help="what to train (default: what --data is for)")
     add("--data", metavar="FOLDER", help="a prepared folder; for pre-training several, with "
          "commas (default: the toy world, made in data/toy)")
     add("--tokenizer", metavar="FILE", help="tokenizer.json, vocab.txt or hub name (default: that "
@@ -713,8 +719,8 @@ def arguments():
     add("--vtm", action="store_true", help="retrieval: add the rank and the matching loss")
     add("--contrast", action="store_true", help="pre-training: add the contrastive loss")
     add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="FOLDER", help="run folder (default: runs/NAME-SIZE-ROLL-sSEED, with "
-        "init for the size after --init, and what --set sets)")
+    add("--out", metavar="FOLDER", help="run folder (default: runs/NAME-SIZE-ROLL-sSEED; "
+        "SIZE is init with --init; values of --set come before the seed)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--seed", type=int, default=0, help="of weights, order and frames (default 0)")
     add("--amp", action="store_true", help="bfloat16 (default: float32)")
@@ -728,7 +734,7 @@ def check_flags(args):
     check_workers(args.workers)
     if not 0 <= args.seed < 2 ** 32:
         raise UserError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
-    parse_settings(args.set)
+    parse_set(args.set)
     if args.compile and not any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")):
         raise UserError("--compile needs a C compiler, and none is installed; leave it out")
 
@@ -736,9 +742,9 @@ def check_flags(args):
 def main():
     args = arguments()
     check_flags(args)
-    device = pick_device(None)                  # CUDA_VISIBLE_DEVICES= is the way to the CPU
+    device = pick_device(None)                  # CUDA_VISIBLE_DEVICES= trains on the CPU
     join_processes(device)
-    init = read_checkpoint(args.init) if args.init else None
+    init = load_run(args.init) if args.init else None
     data = Data(args, init)
     if data.toy:
         torch.set_num_threads(1)                # its matrices are too small to share

@@ -230,14 +230,15 @@ def step_flops(config):
 
     6 FLOPs per multiply-add (2 forward, 4 backward) of: two joint forward passes, 2 x
     multiply_adds(config, L); minus what is not computed, that is the second embedding of the
-    patches, T (N - 1) 3 P^2 D, and the N visual tokens out of the last block, 2 T N (9 D^2 +
-    2 S D); plus the MLM head at the masked words, L / 7 (D^2 + D V).
+    patches, T (N - 1) 3 P^2 D, and all but 1 and L tokens out of the last block,
+    T (S - 1 + N) (9 D^2 + 2 S D); plus the MLM head at the masked words, L / 7 (D^2 + D V).
     MFU, of ViLT too, is this over time and peak: nothing is gained by computing more.
     """
     D = config.width
     N = 1 + config.grid ** 2
     patches = (N - 1) * 3 * config.patch ** 2 * D
-    last_block = 2 * N * (9 * D + 2 * (40 + N)) * D
+    S = 40 + N
+    last_block = (S - 1 + N) * (9 * D + 2 * S) * D
     head = 40 / 7 * D * (D + config.vocab)
     return 6 * (2 * multiply_adds(config) - config.frames * (patches + last_block) + head)
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 
 from allinone import (UserError, check_positive, count_parameters, default_workers,
-                      open_checkpoint, pick_device, run_main, write_file)
+                      load_model, pick_device, run_main, write_file)
 from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of
 from eval import EvalSettings, evaluate_folder
 from rolling import roll_groups, roll_tokens
@@ -189,7 +189,7 @@ def main():
     check_positive(args, "rows")
     if Path(args.page).is_dir() or not Path(args.page).absolute().parent.is_dir():
         raise UserError(f"PAGE {args.page}: give a file to write, in a folder that exists")
-    model, checkpoint = open_checkpoint(args.run)
+    model, checkpoint = load_model(args.run)
     folders = [args.data] if args.data else checkpoint.get("data")
     if not folders:
         raise UserError(f"{args.run} was not trained on any data; give --data FOLDER")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from allinone import (UserError, open_checkpoint, pick_device, printable, progress, run_main,
+from allinone import (UserError, load_model, pick_device, printable, progress, run_main,
                       write_file)
 from data import MEDIA, Tokenizer, VideoError, frame_indices, read_frames
 
@@ -93,7 +93,7 @@ def main():
     for name in ("run", "folder", "text"):
         parser.add_argument(name, metavar=name.upper())
     args = parser.parse_args()
-    model, checkpoint = open_checkpoint(args.run)
+    model, checkpoint = load_model(args.run)
     if "contrast" not in model.task_heads:
         raise UserError(f"{checkpoint['path']} has no contrast head; train one: python train.py "
                         "--task retrieval")

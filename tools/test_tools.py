@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from allinone import (AllInOne, build_model, Config, init_narrow, load_checkpoint, load_weights,
-                      open_checkpoint, run_main, save_checkpoint, SIZES, UserError)
+                      load_model, run_main, save_checkpoint, SIZES, UserError)
 from data import (BENCHMARKS, Manifest, manifest_info, pick_frames, read_frames, SPECIAL, Tokenizer,
                   wordpiece)
 from eval import EvalSettings
@@ -1279,7 +1279,7 @@ def test_vit_gives_huggingface_outputs(tmp_path):
         ours.load_state_dict(ours.state_dict() | state)
         ours = as_floats(ours.double())
         ours.modality_embed.data.zero_()
-        assert_close(ours.run(ours.embed_frames(frames), None, None, None), want)
+        assert_close(ours.apply_blocks(ours.embed_frames(frames), None, None, None), want)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -1495,7 +1495,7 @@ def write_checkpoint(path, *heads):
 
 def make_page(folder, head):
     """(the HTML, its data) of the test rows in a folder."""
-    model, checkpoint = open_checkpoint(write_checkpoint(folder / "a.pt", head))
+    model, checkpoint = load_model(write_checkpoint(folder / "a.pt", head))
     data = report.page_data(model, checkpoint, str(folder), "test", 9, EvalSettings())
     html = report.make_page(data)
     return html, json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
@@ -1606,7 +1606,7 @@ def test_search_ranks_clips_by_cosine(tmp_path, monkeypatch, capsys):
     search.main()
     broken, line, *found = capsys.readouterr().out.splitlines()
     assert broken.startswith("cannot be read: clip0/broken.mp4") and line.startswith("5 clips")
-    model, checkpoint = open_checkpoint("a.pt")
+    model, checkpoint = load_model("a.pt")
     ids = Tokenizer.from_json(checkpoint["tokenizer"]).encode("a red ring", 40)
     with torch.inference_mode():
         text = F.normalize(model.encode_text(torch.tensor([ids]))[0], dim=0).numpy()
@@ -2038,9 +2038,9 @@ def test_an_empty_group_of_another_dtype_gets_one_hint(check_answers):
             "    return forward, backward\n")
     _, out, _ = check_answers(code, "roll_groups")
     assert out == (
-        "roll_groups: forward: dtype torch.float32, expected torch.int64\n"
+        "roll_groups: forward: numbers of type float32, expected numbers of type int64\n"
         "    hint: an empty tensor is float32 unless you give dtype=torch.int64\n"
-        "    backward: dtype torch.float32, expected torch.int64\n"
+        "    backward: numbers of type float32, expected numbers of type int64\n"
         "    called with 2, 2, 0.25, block\n0 of 1 right\n")
 
 
@@ -2091,6 +2091,7 @@ def test_walkthrough_shows_the_tensors_in_79_columns(run_script):
 def test_python_in_the_readme_prints_what_the_answers_state(run_script, tmp_path):
     text = (LAB / "README.md").read_text(encoding="utf-8")
     questions = re.findall(r"```python\n(.*?)```", text, re.S)
+    text = (LAB / "answers.md").read_text(encoding="utf-8")
     answers = re.findall(r"```text\n(.*?)```", text, re.S)
     assert len(questions) == len(answers) > 4
     for question, answer in zip(questions, answers):
