@@ -496,6 +496,8 @@ def load_run(path):
     """load_checkpoint of a file, or of best.pt in a run folder."""
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "best.pt")):
+            if os.path.exists(os.path.join(path, "config.json")):
+                raise UserError(f"{path} has no best.pt yet; go on with train.py --resume")
             raise UserError(f"{path} is no run folder: it holds no best.pt; train one with: python "
                             "train.py --task vqa")
         path = os.path.join(path, "best.pt")

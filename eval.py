@@ -444,10 +444,12 @@ def format_table(table):
 
 def list_benchmarks():
     """The lines of --list."""
-    lines = []
+    lines = ["published: rerun is the authors' later figure for their code (their EVAL.md), paper "
+             "that of a paper"]
     for name, b in BENCHMARKS.items():
         length = f"{b.steps:,} steps" if b.steps else f"{b.epochs} epochs"
-        lines.append(f"{name:16s} {b.task}, by {' and '.join(b.heads)}; batch {b.batch}, {length}, "
+        lines.append(f"{name:16s} {b.task}, by {' and '.join(b.heads)}"
+                     f"{' + VTM' if b.vtm else ''}; batch {b.batch}, {length}, "
                      f"lr {b.lr:g}, heads x {b.head_lr:g}, L {b.text_length}, T {b.frames}"
                      + (f", {b.views} views" if b.views > 1 else ""))
         rows = " / ".join(f"{b.rows[split]:,}" if split in b.rows else "-"
@@ -557,8 +559,8 @@ def ask(model, checkpoint, path, question, options, captions, amp):
     lines = [f"looked at {unit} {looked} of {printable(path)}"]
     for share, n in zip(best.values.tolist(), best.indices.tolist()):
         lines.append(f"{share:7.1%}  {printable(names[n])}")
-    lines.append(f"(trained on {checkpoint['name']}: {len(checkpoint['answers'])} answers, "
-                 f"{len(tokenizer)} word pieces)")
+    known = f"{len(checkpoint['answers'])} answers, " if checkpoint["answers"] else ""
+    lines.append(f"(trained on {checkpoint['name']}: {known}{len(tokenizer)} word pieces)")
     return lines
 
 
@@ -612,6 +614,8 @@ def main():
     folders = [args.data] if args.data else checkpoint.get("data", [])
     if not folders:
         raise UserError(f"{args.checkpoint} was not trained on any data; give --data FOLDER")
+    if args.predictions and not os.path.isdir(os.path.dirname(args.predictions) or "."):
+        raise UserError(f"--predictions {args.predictions}: there is no such folder")
     settings = EvalSettings(args.batch, args.workers, args.amp, args.allow_missing)
     lines = []
     for folder in folders:

@@ -2736,7 +2736,7 @@ def test_what_flags_change_is_printed(capsys):
 
 def test_batch_is_cut_to_a_small_data_set(capsys):
     assert recipe_of("msrvtt-qa", 50, accum=4).batch == 48
-    assert "batch cut to 48: the smallest data set has 50 rows" in capsys.readouterr().out
+    assert "batch cut to 48: a data set has 50 rows" in capsys.readouterr().out
 
 
 def test_learning_rate_by_hand():
@@ -2984,7 +2984,7 @@ def test_training_goes_on_without_a_few_clips(run, toy):
     assert sorted(line.split("\t")[0] for line in lines) == ["0", "20"]
     assert sorted(load_checkpoint("run/last.pt")["bad"]) == ["0", "20"]
     run("train.py --data many --steps 10 --out run2",
-        error="training clips cannot be read, the limit is 10; run2/bad.txt lists them")
+        error="training clips cannot be read, the limit is 4; run2/bad.txt lists them")
 
 
 def test_missing_validation_clips_count_as_wrong_in_training(run, toy):

@@ -5,6 +5,7 @@
     python train.py --data data/webvid,data/cc3m --size base --init vit.pt --task pretrain
     torchrun --nproc_per_node=8 train.py ...               the same on 8 GPUs
 
+CUDA_VISIBLE_DEVICES= in front trains on the CPU.
 tools/prepare.py prepares a folder of data, tools/weights.py converts foreign weights.
 What no flag sets comes from the recipe of the benchmark (python eval.py --list).
 """
@@ -23,8 +24,8 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from allinone import (RANK, SIZES, WORLD, AllInOne, Config, UserError, check_positive,
                       check_workers, count_parameters, default_workers, init_narrow, join_processes,
-                      load_checkpoint, load_weights, lock_folder, load_model, pick_device,
-                      print0, progress, load_run, run_main, save_checkpoint,
+                      load_checkpoint, load_model, load_run, load_weights, lock_folder,
+                      pick_device, print0, printable, progress, run_main, save_checkpoint,
                       write_file)               # first: it prepares the import of torch
 
 import numpy as np
@@ -75,8 +76,8 @@ def cross_entropy(scores, target):
 
 def contrastive_loss(text, video):
     """Cross-entropy over rows plus over columns of the cosines; text, video (B, embed) unit
-    vectors. As released, both terms are added, not averaged. With --accum the negatives are those of one
-    micro-batch. Differs: with several processes all their pairs are negatives."""
+    vectors. As released, both terms are added, not averaged. With --accum the negatives are those
+    of one micro-batch. Differs: with several processes all their pairs are negatives."""
     own = RANK * len(text) + torch.arange(len(text), device=text.device)
     by_text = text @ gather_rows(video).T / TEMPERATURE
     by_video = video @ gather_rows(text).T / TEMPERATURE
@@ -210,7 +211,8 @@ def find_tokenizer(args, init, folder):
         return Tokenizer.from_json(init["tokenizer"])
     if os.path.exists(path):
         return Tokenizer.load(path)
-    raise UserError(f"{path} is not there; give --tokenizer vocab.txt or bert-base-uncased")
+    raise UserError(f"{path} is not there; give --tokenizer vocab.txt or bert-base-uncased, or let "
+                    "tools/prepare.py build one from your own texts")
 
 
 def make_config(args, init, benchmark, tokenizer, answers):
@@ -299,18 +301,20 @@ def make_recipe(args, data):
     if batch % pieces:
         raise UserError(f"--batch {batch} must be a multiple of {pieces}, processes x --accum")
     if batch < (args.batch or usual):
-        print0(f"batch cut to {batch}: the smallest data set has {min(lengths)} rows")
+        print0(f"batch cut to {batch}: a data set has {min(lengths)} rows")
     epoch = sum(length // batch for length in lengths)
     steps = benchmark.steps or benchmark.epochs * epoch
     if data.toy:                                # its manifests may ask for fewer clips
-        steps = manifest_info(data.folders[0]).get("toy_clips", clips) // batch
+        clips = manifest_info(data.folders[0]).get("toy_clips", clips)
+        steps = min(clips, 100 * sum(lengths)) // batch
     steps = args.steps or max(1, steps)
     warmup = min(warmup or steps, round(0.1 * steps))       # also of a shortened run
     recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup, epoch)
     print0(f"recipe: batch {batch}, {steps} steps of which {epoch} are an epoch, lr {recipe.lr:g} "
            f"(task heads x {head_lr:g}), warm-up {recipe.warmup} steps")
     if args.batch and batch < usual <= min(lengths):
-        accum = 2 ** math.ceil(math.log2(args.accum * usual / batch))   # it must divide a power of 2
+        # The usual batches are powers of 2, and --accum must divide them.
+        accum = 2 ** math.ceil(math.log2(args.accum * usual / batch))
         print0(f"the usual batch is {usual}; --batch {usual} --accum {accum} keeps it in the same "
                "memory")
     return recipe
@@ -379,6 +383,8 @@ class RunFolder:
 
     def check_settings(self, settings):
         path = self.path("config.json")
+        if not os.path.exists(path):
+            raise UserError(f"--resume: there is no run in {self.folder}; leave out --resume")
         try:
             with open(path, encoding="utf-8") as file:
                 before = dict(json.load(file))
@@ -470,6 +476,7 @@ class StopSignal:
             # The first process saves and ends; the next gather here fails: no traceback of that.
             sys.excepthook = lambda *details: None
             return
+        os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
         self.asked = True
         if self.waiting:
             raise Stop
@@ -489,12 +496,12 @@ class StopSignal:
 
 
 class BadClips:
-    """Training goes on without a few clips: 1 % of them, or 10 if that is more. Each is written to
-    bad.txt."""
+    """Training goes on without a few clips: 1 % of the rows, of a small set 10 % up to 10 rows. All
+    are written to bad.txt, the first is printed."""
 
     def __init__(self, run, rows):
         self.run = run
-        self.limit = max(10, rows // 100)
+        self.limit = max(rows // 100, min(10, rows // 10))
         self.seen = set(run.last["bad"])
 
     def note(self, batch):
@@ -502,6 +509,8 @@ class BadClips:
             if name not in self.seen:
                 self.seen.add(name)
                 self.run.append("bad.txt", f"{name}\t{cause}")
+                if len(self.seen) == 1:
+                    print(printable(f"left out: row {name}: {cause}"), flush=True)
         listed = f"{self.run.path('bad.txt')} lists them; prepare the data again"
         if "frames" not in batch:
             raise UserError(f"no training clip of a whole batch can be read; {listed}")
@@ -624,7 +633,7 @@ def loop(args, data, recipe, model, optimizer, run, device):
                      optimizer=optimizer.state_dict())
     bar.close()
     stop.release()
-    if step < recipe.steps:
+    if step < recipe.steps or stop.asked:
         run.save("last.pt", model, data, step=step, best=best, bad=list(bad.seen),
                  optimizer=optimizer.state_dict())
         sys.exit(f"train.py: stopped at step {step}; go on with the same flags, --resume and --out "
@@ -687,6 +696,7 @@ def test(run, data, args, device):
         figures[key] = {"metrics": metrics, "table": table}
     if RANK == 0:
         write_file(run.path("test.json"), json.dumps(figures, indent=1, allow_nan=False))
+    return figures
 
 
 # ---- python train.py -----------------------------------------------------------------------------
@@ -758,8 +768,10 @@ def main():
                     args.resume)
     start = time.perf_counter()
     loop(args, data, recipe, model, optimizer, run, device)
-    test(run, data, args, device)
-    print0(f"{time.perf_counter() - start:.0f} s; next: python eval.py {shlex.quote(run.folder)}")
+    figures = test(run, data, args, device)
+    flags = "" if figures else " --split train"
+    print0(f"{time.perf_counter() - start:.0f} s; next: python eval.py {shlex.quote(run.folder)}"
+           f"{flags}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -150,15 +150,12 @@ def processes():
         benchmark = BENCHMARKS[name]
         config = SIZES["toy"]
         model = AllInOne(config, benchmark.heads).to(DEVICE)
-        losses = Losses(model, benchmark, False, False)
+        losses = Losses(model, benchmark)
         optimizer = make_optimizer(model, RATES)
         losses = DistributedDataParallel(losses, find_unused_parameters=name == "msrvtt")
         batch = to_device(make_batch(config, 8), DEVICE)
-        if name == "msrvtt":
-            for key in ("input_ids", "attention_mask"):
-                batch[key] = batch[key][:, 0]
         for _ in range(2):
-            means = train_step(losses, optimizer, [batch], 1, DEVICE == "cuda")
+            means = train_step(losses, optimizer, [batch], DEVICE == "cuda")
         print(f"{name}, {dist.get_backend()}: {means}")
         if not all(loss.isfinite() for loss in means.values()):
             FAILED.append(name)

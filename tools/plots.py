@@ -131,7 +131,7 @@ def group_runs(folders):
     for folder in sorted(folders):
         config, _, test = read_run(folder)
         if not test:
-            print(printable(f"{folder} has no test.json yet and is left out"), file=sys.stderr)
+            print(printable(f"{folder} has no test figures and is left out"), file=sys.stderr)
         config |= config.pop("model") | config.pop("recipe")
         seed = config.pop("seed")
         config["init"] = re.sub(rf"\bs{seed}\b", "sSEED", config["init"] or "-")
@@ -172,7 +172,8 @@ def table_rows(groups):
         cells.append(str(len(rows)))
         cells.append(mean_std([row["accuracy"] for row in rows]))
         cells += [mean_std([rows[0].get(name)]) for name in BASELINES]
-        if n == 0 and benchmark in BENCHMARKS:
+        is_base = dict(settings).get("width") == str(SIZES["base"].width)
+        if n == 0 and is_base and benchmark in BENCHMARKS:      # whose figures are published
             cells += [BENCHMARKS[benchmark].paper, BENCHMARKS[benchmark].rerun]
         yield cells + [""] * (len(heads) - len(cells))
 

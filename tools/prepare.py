@@ -928,7 +928,8 @@ def prepare(name, root, out, allow_missing=False, check=True, say=print):
     part = out.parent / f".{out.name}-{os.getpid()}.part"
     try:
         if out.exists() and os.listdir(out) != ["missing.txt"]:
-            raise UserError(f"{out} exists: delete it, or choose another --out")
+            written = "delete it, or " if (out / "dataset.json").exists() else ""
+            raise UserError(f"{out} exists: {written}choose another --out")
         part.mkdir(parents=True)
         lock = lock_folder(part)    # noqa: F841        held until the end of this function
         for left in out.parent.glob(f".{out.name}-*.part"):
@@ -952,7 +953,7 @@ def prepare(name, root, out, allow_missing=False, check=True, say=print):
         raise UserError(f"{out} cannot be made: {error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    start = "--size base --init all-in-one-base.pt" if root else f"--task {task}"
+    start = "--init base.pt" if root else f"--task {task}"
     say(f"next: python train.py --data {shlex.quote(str(out))} {start}")
 
 

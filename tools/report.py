@@ -166,6 +166,7 @@ def page_data(model, checkpoint, folder, split, count, settings):
             "pictures": list(pictures),
             "blocks": config.layers,
             "grid": config.grid,
+            "answers": answers,
             "retrieval": retrieval}
 
 

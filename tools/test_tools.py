@@ -1568,6 +1568,21 @@ def test_page_shows_what_the_model_saw(tmp_path):
     assert data["table"][-1]["chance"] == 100 and data["table"][-1]["majority"] == 100
 
 
+@pytest.mark.parametrize("head, row", [
+    ("answer", QUESTIONS[0]), ("mc", {"options": ["red", "ring"], "answer": 0}),
+    ("contrast", {"caption": "a red ring"})])
+def test_page_has_what_its_script_reads(tmp_path, head, row):
+    """Its own fields aside; "shown" is for retrieval alone, words for the others."""
+    write_clips(tmp_path, *[row] * 2)
+    html, data = make_page(tmp_path, head)
+    script = html[html.rindex("<script>"):]
+    fields = set(re.findall(r"\bdata\.([a-z]\w*)", script))
+    assert fields <= data.keys()
+    fields = set(re.findall(r"\bitem\.([a-z]\w*)", script)) - {"card", "draw"}
+    optional = {"words", "attention"} if head == "contrast" else {"shown"}
+    assert fields - optional <= data["items"][0].keys()
+
+
 def test_page_is_safe_from_its_texts(tmp_path):
     """They stay data; the page reaches no network."""
     write_clips(tmp_path, *QUESTIONS)
@@ -1679,7 +1694,8 @@ def plots():
 def write_run(folder, value=50.0, test=True, name="msrvtt-qa", log="", **changes):
     """A run folder as train.py leaves it."""
     Path(folder).mkdir()
-    config = {"model": {"roll": "spread"}, "recipe": {"lr": 1}, "seed": 0, "init": None, **changes}
+    model = {"roll": "spread", "width": 768}
+    config = {"model": model, "recipe": {"lr": 1}, "seed": 0, "init": None, **changes}
     row = {"type": "which way", "accuracy": 9.0, "chance": 25.0, "order-blind": 50.0}
     table = [row, {**row, "type": "all", "accuracy": value}]
     Path(folder, "config.json").write_text(json.dumps(config))
@@ -1690,12 +1706,13 @@ def write_run(folder, value=50.0, test=True, name="msrvtt-qa", log="", **changes
 
 
 def test_table_groups_runs_by_what_varies(plots, tmp_path, monkeypatch, capsys):
-    """Runs that differ in nothing but the seed, also in the path of --init, are one group."""
+    """Runs that differ in nothing but the seed, also in the path of --init, are one group. Published
+    figures stand beside those of size base."""
     monkeypatch.chdir(tmp_path)
     for seed, value in ((0, 50.0), (1, 70.0)):
         more = {"seed": seed, "init": f"runs/pre-s{seed}/best.pt"}
         write_run(f"a{seed}", value, **more)
-        write_run(f"b{seed}", value + 20, model={"roll": "none"}, **more)
+        write_run(f"b{seed}", value + 20, model={"roll": "none", "width": 768}, **more)
     write_run("c", test=False)
     heads, _, *rows = plots.table_rows(plots.group_runs(["a0", "b1", "c", "b0", "a1"]))
     assert heads[1:5] == ["figure", "roll", "runs", "test"]
@@ -1703,16 +1720,17 @@ def test_table_groups_runs_by_what_varies(plots, tmp_path, monkeypatch, capsys):
         ["accuracy", "spread", "2", "60.0 ± 14.1"], ["accuracy", "none", "2", "80.0 ± 14.1"],
         ["which way", "spread", "2", "9.0 ± 0.0"], ["which way", "none", "2", "9.0 ± 0.0"]]
     assert rows[0][5:] == ["25.0", "", "50.0", "42.5", "42.9"]
-    assert capsys.readouterr().err == "c has no test.json yet and is left out\n"
+    assert capsys.readouterr().err == "c has no test figures and is left out\n"
 
 
 def test_table_of_several_benchmarks_has_their_main_figures(plots, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run("a")
-    write_run("b", name="msvd-qa", recipe={"lr": 2})
+    write_run("b", name="msvd-qa", recipe={"lr": 2}, model={"roll": "spread", "width": 96})
     heads, _, *rows = plots.table_rows(plots.group_runs(["a", "b"]))
     assert [row[:2] for row in rows] == [["msrvtt-qa", "accuracy"], ["msvd-qa", "accuracy"]]
     assert "lr" not in heads                                # it does not vary within a benchmark
+    assert [row[-2:] for row in rows] == [["42.5", "42.9"], ["", ""]]   # published for size base
 
 
 def test_table_refuses(plots, tmp_path, monkeypatch):
@@ -2018,9 +2036,11 @@ def test_common_mistakes_get_their_hints(check_answers):
      "    return 1 + (scores > own[:, None]).sum(1)\n", "numbers of type int64"),
     ("def roll_tokens(x, forward, backward):\n    out = x.clone()\n"
      "    out[:, :, forward] = x[:, :, forward].roll(1)\n"
-     "    out[:, :, backward] = x[:, :, backward].roll(-1)\n    return out\n", "give roll() its dims"),
+     "    out[:, :, backward] = x[:, :, backward].roll(-1)\n    return out\n",
+     "give roll() its dims"),
     ("def attention(q, k, v, mask):\n    scores = q @ k.mT / q.shape[-1] ** 0.5\n"
-     "    return scores.masked_fill(~mask, -torch.inf).softmax(-2) @ v\n", "softmax runs over the keys"),
+     "    return scores.masked_fill(~mask, -torch.inf).softmax(-2) @ v\n",
+     "softmax runs over the keys"),
     ("right = mlm_loss\ndef mlm_loss(scores, labels):\n"
      "    return right(scores, labels) if (labels >= 0).any() else 0\n",
      "returned an int, expected a Tensor")
