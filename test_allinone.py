@@ -3239,3 +3239,10 @@ def test_map_leads_to_lines_that_hold_the_names():
     assert len(places) > 20
     for file, line, name in places:
         assert name in (HERE / file).read_text().splitlines()[int(line) - 1], (file, line, name)
+
+
+def test_readme_counts_the_lines():
+    rows = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", (HERE / "README.md").read_text(), re.M)
+    assert len(rows) == 6
+    for file, lines in rows:
+        assert len((HERE / file).read_text().splitlines()) == int(lines.replace(",", "")), file
