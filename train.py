@@ -568,9 +568,10 @@ def chance_losses(data, pairs):
             "rank": math.log(1 + data.benchmark.negatives)}
 
 
-def loop(args, data, recipe, model, optimizer, run, device):
+def loop(args, data, recipe, model, optimizer, run, settings):
     """Train from the last checkpoint on; validate and save on the way."""
     run.restore(model, optimizer)
+    device = next(model.parameters()).device
     step = run.last["step"]
     best = run.last["best"]
     losses = wrap(Losses(model, data.benchmark), args, data, device)
@@ -579,7 +580,6 @@ def loop(args, data, recipe, model, optimizer, run, device):
     largest = max(data.train.parts, key=lambda part: part.spec.frames)
     check_shared_memory(largest, recipe.batch // sampler.pieces, args.workers)
     batches = make_loader(data.train, sampler, args.workers, data.tokenizer.pad)
-    settings = EvalSettings(min(recipe.batch, 64), args.workers, args.amp, allow_missing=True)
     chance = chance_losses(data, recipe.batch // args.accum)
     bad = BadClips(run, sum(lengths))
     stop = StopSignal()
@@ -680,13 +680,12 @@ def validate(model, data, settings):
     return sums
 
 
-def test(run, data, args, device):
+def test(run, data, settings, device):
     """The test figures, once, of the checkpoint that was best on validation; without a test split
     those of val."""
     wait_for_all()                              # the first process may still be writing it
     model, checkpoint = load_model(run.path("best.pt"))
     model.to(device)
-    settings = EvalSettings(64, args.workers, args.amp, allow_missing=True)
     figures = {}
     for name, folder in zip(data.names, data.folders):
         if not has_split(folder, "test") and not has_split(folder, "val"):
@@ -766,9 +765,11 @@ def main():
     optimizer = make_optimizer(model, recipe)
     run = RunFolder(args.out or default_folder(args, data), run_settings(args, data, recipe),
                     args.resume)
+    # No larger batch than in training, as memory may be short.
+    settings = EvalSettings(min(recipe.batch, 64), args.workers, args.amp, allow_missing=True)
     start = time.perf_counter()
-    loop(args, data, recipe, model, optimizer, run, device)
-    figures = test(run, data, args, device)
+    loop(args, data, recipe, model, optimizer, run, settings)
+    figures = test(run, data, settings, device)
     flags = "" if figures else " --split train"
     print0(f"{time.perf_counter() - start:.0f} s; next: python eval.py {shlex.quote(run.folder)}"
            f"{flags}")
