@@ -2902,6 +2902,16 @@ def test_stopped_and_resumed_to_the_bit(run, toy, monkeypatch, moment, workers, 
     assert_same_run("run", "whole")
 
 
+def test_a_stop_in_the_last_validation_is_not_lost(run, toy, monkeypatch):
+    command = f"train.py --data {toy('msrvtt-qa')} --steps 2 --workers 0"
+    with monkeypatch.context() as patch:
+        signal_at(patch, train, "validate", 1, signal.SIGTERM)
+        with pytest.raises(SystemExit, match="stopped at step 2; go on with the same flags"):
+            run(command)
+    run(f"{command} --resume")
+    assert Path("run/test.json").exists()
+
+
 def test_killed_at_any_moment_files_are_whole_and_the_run_ends_equal(run, toy):
     flags = f"--data {toy('msrvtt-qa')} --steps 25 --batch 4 --workers 0 --out"
     run(f"train.py {flags} whole")
