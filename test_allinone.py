@@ -3016,11 +3016,11 @@ def test_classes_outside_the_list_are_one_line(run, toy):
 
 
 @pytest.mark.parametrize("flags, setting", [
-    ("--lr 1", "recipe"),
+    ("--lr 1", "lr"),
     ("--seed 1", "seed"),
-    ("--frames 2", "model"),
+    ("--frames 2", "frames"),
     ("--data rows", "rows"),
-    ("--data answers", "answers"),
+    ("--data answers", "answer list"),
     ("--tokenizer other.json", "tokenizer")])
 def test_resume_refuses_another_run(run, toy, flags, setting):
     def change(rows):

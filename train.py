@@ -391,8 +391,11 @@ class RunFolder:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"--resume: {path} cannot be read ({error}); start again with "
                             "another --out") from None
+        for group in ("model", "recipe"):       # name what differs, not the whole group
+            before |= before.get(group) or {}
+            settings |= settings[group]
         for name, value in settings.items():
-            if before.get(name) != value:
+            if name not in ("model", "recipe") and before.get(name) != value:
                 raise UserError(f"--resume: {name} was {before.get(name)}, now {value}; use the "
                                 "same flags and data, or another --out")
 
@@ -449,7 +452,7 @@ def run_settings(args, data, recipe):
             "accum": args.accum, "processes": WORLD,
             "threads": torch.get_num_threads(), "seed": args.seed, "amp": args.amp,
             "contrast": args.contrast, "vtm": data.vtm,
-            "answers": zlib.crc32("\n".join(data.answers).encode()),
+            "answer list": zlib.crc32("\n".join(data.answers).encode()),
             "tokenizer": zlib.crc32(data.tokenizer.to_json().encode())}
 
 

@@ -23,7 +23,7 @@ import torch
 
 from allinone import (UserError, check_positive, count_parameters, default_workers,
                       load_model, pick_device, run_main, write_file)
-from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of
+from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of, has_split
 from eval import EvalSettings, evaluate_folder
 from rolling import roll_groups, roll_tokens
 from tools.toy import encode_picture
@@ -183,7 +183,7 @@ def main():
     add("run", metavar="RUN", help="a run folder or a checkpoint file")
     add("page", metavar="PAGE", help="the file to write")
     add("--data", metavar="FOLDER", help="a prepared folder (default: that of the checkpoint)")
-    add("--split", choices=("train", "val", "test"), default="test", help="default: test")
+    add("--split", choices=("train", "val", "test"), help="default: test, else val")
     add("--rows", type=int, default=24, help="clips in the gallery (default 24)")
     add("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
     args = parser.parse_args()
@@ -194,11 +194,15 @@ def main():
     folders = [args.data] if args.data else checkpoint.get("data")
     if not folders:
         raise UserError(f"{args.run} was not trained on any data; give --data FOLDER")
+    split = args.split
+    if split is None:
+        split = "test" if has_split(folders[0], "test") else "val"
     model.to(pick_device(None))
     settings = EvalSettings(workers=default_workers(), allow_missing=args.allow_missing)
-    data = page_data(model, checkpoint, folders[0], args.split, args.rows, settings)
+    data = page_data(model, checkpoint, folders[0], split, args.rows, settings)
     write_file(args.page, make_page(data))
-    print(f"{args.page}: {len(data['items'])} of {data['rows']} rows; open it in a browser")
+    shown = f"{len(data['items'])} of {data['rows']} rows" if data["items"] else "figures alone"
+    print(f"{args.page}: {shown}; open it in a browser")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from allinone import (UserError, load_model, pick_device, printable, progress, run_main,
+from allinone import (SIZES, UserError, load_model, pick_device, printable, progress, run_main,
                       write_file)
 from data import MEDIA, Tokenizer, VideoError, frame_indices, read_frames
 
@@ -30,6 +30,8 @@ from data import MEDIA, Tokenizer, VideoError, frame_indices, read_frames
 def list_clips(folder, sha256):
     """{key: name} of all clips below a folder. The key changes with the file and the checkpoint."""
     clips = {}
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: there is no such folder")
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix.lower() in MEDIA and path.is_file():
             name = str(path.relative_to(folder))
@@ -94,6 +96,8 @@ def main():
         parser.add_argument(name, metavar=name.upper())
     args = parser.parse_args()
     model, checkpoint = load_model(args.run)
+    if model.config.width == SIZES["toy"].width:
+        torch.set_num_threads(1)                            # its matrices are too small to share
     if "contrast" not in model.task_heads:
         raise UserError(f"{checkpoint['path']} has no contrast head; train one: python train.py "
                         "--task retrieval")
