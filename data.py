@@ -100,7 +100,7 @@ class _Listing:
     key: np.ndarray             # 1: decoding can start here
     hidden: np.ndarray          # 1: an edit list cuts it; other frames may still refer to it
     display: np.ndarray         # sorts the packets into display order
-    skippable: np.ndarray        # 1: FFmpeg may skip its picture if no other refers to it
+    skippable: np.ndarray       # 1: FFmpeg may skip its picture if no other refers to it
     order: np.ndarray           # (frames,) the packet of each frame; empty: only decoding shows it
     ticks: np.ndarray           # (frames,) sorted display times since the container's start
     unit: np.ndarray            # (1,) float64, seconds per tick; an array, as all are saved alike

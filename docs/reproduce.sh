@@ -15,12 +15,14 @@ for roll in spread none; do
     for name in msrvtt-mc lsmdc-mc ego4d-mc tgif-action tgif-transition tvqa vcr msrvtt hmdb51 k400; do
         python train.py --data data/toy/$name $start
     done
+    python train.py --data data/toy/vcr --roll $roll
     for name in msvd-qa tgif-frame; do
         python train.py --data data/toy/$name $start --steps 1500
     done
-    for name in msrvtt didemo activitynet lsmdc; do
+    for name in msrvtt didemo activitynet; do
         python train.py --data data/toy/$name $start --set roll_unimodal=1
     done
+    python train.py --data data/toy/lsmdc $start --set roll_unimodal=1 --steps 150
 done
 for name in cc3m howto100m; do
     python train.py --data data/toy/$name
