@@ -17,16 +17,15 @@ for roll in spread none; do
     done
     python train.py --data data/toy/vcr --roll $roll
     for name in msvd-qa tgif-frame; do
-        python train.py --data data/toy/$name $start --steps 1500
+        python train.py --data data/toy/$name $start --steps 3000
     done
     for name in msrvtt didemo activitynet; do
         python train.py --data data/toy/$name $start --set roll_unimodal=1
     done
-    python train.py --data data/toy/lsmdc $start --set roll_unimodal=1 --steps 150
+    python train.py --data data/toy/lsmdc $start --set roll_unimodal=1 --steps 450
 done
-for name in cc3m howto100m; do
-    python train.py --data data/toy/$name
-done
+python train.py --data data/toy/cc3m --init runs/webvid-toy-spread-s0 --steps 700
+python train.py --data data/toy/howto100m
 python tools/plots.py table runs/which-way-*
 python tools/plots.py table runs/msrvtt-qa-toy-*
-python tools/plots.py table runs/*-init-* runs/webvid-* runs/cc3m-* runs/howto100m-*
+python tools/plots.py table runs/*-init-* runs/webvid-* runs/howto100m-*
