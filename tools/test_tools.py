@@ -571,8 +571,7 @@ def test_a_manifest_folder(tmp_path):
     text = "\n".join(said)
     for part in ("158581", "majority answer: b (50.0%)", "0.0% of the answers are in answers.txt"):
         assert part in text
-    assert said[-1] == (f"next: python train.py --data {tmp_path}/out --size base "
-                        "--init all-in-one-base.pt")
+    assert said[-1] == f"next: python train.py --data {tmp_path}/out --init base.pt"
 
 
 def test_the_closed_list_has_the_most_frequent_answers(tmp_path):
