@@ -662,8 +662,8 @@ def seed_step(seed, step):
 
 
 def log_line(step, recipe, means, chance, lr, speed):
-    """What is printed of a step: the losses, each beside that of a guess, and the speed; its
-    seconds include validation."""
+    """The printed line of a step: each loss with the loss of a guess, then lr and speed. The speed
+    counts the time of validation too."""
     parts = [f"step {step:5d}/{recipe.steps}"]
     for name, loss in means.items():
         parts.append(f"{name} {loss:.3f} (chance {chance[name]:.3f})")

@@ -1706,7 +1706,7 @@ def write_run(folder, value=50.0, test=True, name="msrvtt-qa", log="", **changes
 
 def test_table_groups_runs_by_what_varies(plots, tmp_path, monkeypatch, capsys):
     """Runs that differ in nothing but the seed, also in the path of --init, are one group.
-    Published figures stand beside those of size base."""
+    Only rows of size base show published figures."""
     monkeypatch.chdir(tmp_path)
     for seed, value in ((0, 50.0), (1, 70.0)):
         more = {"seed": seed, "init": f"runs/pre-s{seed}/best.pt"}
