@@ -480,8 +480,7 @@ def evaluate_folder(model, checkpoint, folder, split, settings):
     check_heads(model, checkpoint, folder, heads)
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     spec = InputSpec(benchmark, model.config, tokenizer, answers)
-    if split is None:
-        split = "test" if has_split(folder, "test") else "val"
+    split = split or default_split(folder)
     if not has_split(folder, split):
         raise UserError(f"{folder} has no {split}.jsonl; choose another --split")
     dataset = VideoTextDataset(folder, split, spec)
@@ -492,6 +491,10 @@ def evaluate_folder(model, checkpoint, folder, split, settings):
         table = baselines(records, folder, benchmark.task, answers)
         print0("\n".join(format_table(table)))
     return metrics, table, records
+
+
+def default_split(folder):
+    return "test" if has_split(folder, "test") else "val"
 
 
 def check_heads(model, checkpoint, folder, heads):

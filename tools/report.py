@@ -23,8 +23,8 @@ import torch
 
 from allinone import (UserError, check_positive, count_parameters, default_workers,
                       load_model, pick_device, run_main, write_file)
-from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of, has_split
-from eval import EvalSettings, evaluate_folder
+from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of
+from eval import EvalSettings, default_split, evaluate_folder
 from rolling import roll_groups, roll_tokens
 from tools.toy import encode_picture
 
@@ -194,9 +194,7 @@ def main():
     folders = [args.data] if args.data else checkpoint.get("data")
     if not folders:
         raise UserError(f"{args.run} was not trained on any data; give --data FOLDER")
-    split = args.split
-    if split is None:
-        split = "test" if has_split(folders[0], "test") else "val"
+    split = args.split or default_split(folders[0])
     model.to(pick_device(None))
     settings = EvalSettings(workers=default_workers(), allow_missing=args.allow_missing)
     data = page_data(model, checkpoint, folders[0], split, args.rows, settings)
