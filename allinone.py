@@ -346,7 +346,6 @@ def init_released(model):
     """The released start: normal with std 0.02; time embeddings and biases 0.
     Differs: the released patch convolution keeps PyTorch's default (std 0.0208 at base)."""
     init_weights(model, std=0.02)
-    nn.init.zeros_(model.time_embed)
 
 
 def init_narrow(model):
@@ -356,15 +355,17 @@ def init_narrow(model):
 
 
 def init_weights(model, std):
-    """std None: 1 / sqrt(fan-in) for matrices, 1 for tables."""
+    """std None: 1 / sqrt(fan-in) for matrices, 1 for tables. Time embeddings start at 0: random ones
+    delay the moment when a model learns to compare frames."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()
             nn.init.normal_(module.weight, std=std or fan_in ** -0.5)
             nn.init.zeros_(module.bias)
     for table in (model.text_embed.weight, model.text_pos, model.text_segment, model.cls_token,
-                  model.modality_embed, model.pos_embed, model.time_embed):
+                  model.modality_embed, model.pos_embed):
         nn.init.normal_(table, std=std or 1.0)
+    nn.init.zeros_(model.time_embed)
     heads = model.task_heads
     for head in ("rank", "rank2"):                  # they start as row 1 of matching
         if "matching" in heads and head in heads:

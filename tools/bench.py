@@ -214,19 +214,19 @@ def make_ways(size):
     return config, ways
 
 
-def make_batch(config, B):
-    """A pre-training batch of random pixels and 40 words; one word of 7 is masked."""
+def make_batch(config, B, L=40):
+    """A pre-training batch of random pixels and L words; one word of 7 is masked."""
     R = config.image
     frames = torch.randint(256, (B, config.frames, 3, R, R), dtype=torch.uint8)
-    ids = torch.randint(config.vocab, (B, 2, 40))
-    masked = torch.arange(0, B * 40, 7)
+    ids = torch.randint(config.vocab, (B, 2, L))
+    masked = torch.arange(0, B * L, 7)
     labels = ids[:, 1].flatten()[masked]
     return {"frames": frames, "input_ids": ids, "attention_mask": ids >= 0,
             "target": torch.arange(B) % 2, "masked": masked, "labels": labels}
 
 
-def step_flops(config):
-    """What a training step of ours computes for a clip with L = 40; matrix products only.
+def step_flops(config, L=40):
+    """What a training step of ours computes for a clip; matrix products only.
 
     6 FLOPs per multiply-add (2 forward, 4 backward) of: two joint forward passes, 2 x
     multiply_adds(config, L); minus what is not computed, that is the second embedding of the
@@ -237,10 +237,10 @@ def step_flops(config):
     D = config.width
     N = 1 + config.grid ** 2
     patches = (N - 1) * 3 * config.patch ** 2 * D
-    S = 40 + N
+    S = L + N
     last_block = (S - 1 + N) * (9 * D + 2 * S) * D
-    head = 40 / 7 * D * (D + config.vocab)
-    return 6 * (2 * multiply_adds(config) - config.frames * (patches + last_block) + head)
+    head = L / 7 * D * (D + config.vocab)
+    return 6 * (2 * multiply_adds(config, L) - config.frames * (patches + last_block) + head)
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -272,18 +272,14 @@ def bench_cpu(config, ways, B):
             torch.testing.assert_close(pooled["ours"], pooled["plain"], atol=1e-4, rtol=0)
             times = take_turns(runs, perf_counter, 20)
         print_times(f"forward, {L} words", times, 2 * B * multiply_adds(config, L) / peak)
-    for name, way in ways.items():
-        optimizer = make_optimizer(way.train(), RATES)
-        runs[name] = partial(train_step, way, optimizer, [batch], False)
-        runs[name]()
-    # ViLT has no dropout after GELU, where the released code draws 4 D random numbers a token.
-    for p in (0.1, 0.0):
-        for way in ways.values():
-            for module in way.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = p
+    optimizers = {name: make_optimizer(way.train(), RATES) for name, way in ways.items()}
+    for L in (40, 10):
+        batch = make_batch(config, B, L)
+        for name, way in ways.items():
+            runs[name] = partial(train_step, way, optimizers[name], [batch], False)
+            runs[name]()
         times = take_turns(runs, perf_counter, 60)
-        print_times(f"step, dropout {p}", times, B * step_flops(config) / peak)
+        print_times(f"step, {L} words", times, B * step_flops(config, L) / peak)
 
 
 def print_times(what, times, least):

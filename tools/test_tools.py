@@ -895,8 +895,8 @@ def test_pre_training_captions_vary():
     scene = toy.Scene((toy.Sprite("ring", "red", 0, 0, 0.4),), ("moves left",), "navy")
     rng = np.random.default_rng(0)
     texts = {toy.describe(scene, rng) for _ in range(300)}
-    assert len(texts) == len(toy.TEMPLATES)
-    assert {"it moves left", "moving left, then nothing", "the red ring goes left"} < texts
+    assert len(texts) == len(set(toy.TEMPLATES))
+    assert {"it moves left", "something moves left", "the red ring moves left"} < texts
     assert all("left" in text for text in texts)
 
 
