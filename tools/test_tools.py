@@ -404,8 +404,7 @@ def test_howto100m_is_streamed():
 
 # ---- errors in the owners' files -----------------------------------------------------------------
 
-QA = {"answer": "a", "id": 1, "question": "who?", "video_id": "video1"}
-# benchmark, split, file | content | error. QA, TVQA and VCR begin a good row, DEEP is 10^5 "[".
+# benchmark, split, file | content | error
 BAD_ROWS = r"""
 msrvtt-qa train msrvtt_qa_train.jsonl | QA}\n\xff\n | row 2: 'utf-8' codec
 msrvtt-qa train msrvtt_qa_train.jsonl | QA}\n\n{ | row 3: Expecting
@@ -441,8 +440,8 @@ vcr train train.jsonl | VCR, "objects": ["a", "b", "c", "d"]} | row 1: m/a@0.jso
 didemo val val_data.json | [{"video": "a", "description": "NaN"}] | row 1: 'NaN' is no caption
 activitynet train train.json | {"v_a": {"sentences": []}} | row 1: '' is no text
 lsmdc test LSMDC16_challenge_1000_publictect.csv | a\t0\t0\t0\t0 | row 1: not enough values
-lsmdc-mc test MC_TEST | LSMDC\ta\tb\tc\td\te\t0 | row 1: '0' is no number from 1 to 5
-lsmdc-mc test MC_TEST | LSMDC\ta\tb\tc\td\te | row 1: .*'e'
+lsmdc-mc test LSMDC16_multiple_choice_test_randomized.csv | LSMDC\t\t\t\t\t\t0 | .* from 1 to 5
+lsmdc-mc test LSMDC16_multiple_choice_test_randomized.csv | LSMDC\t\t\t\t\te | row 1: .*'e'
 ego4d-mc test mc_val.csv | question,answers\n"DEEP",x | row 2:
 ego4d-mc test mc_val.csv | question,answers\n"__import__('os').getpid()",x | row 2: malformed node
 ego4d-mc test mc_val.csv | question,answers\n"('u', 1, 'no')","['a', 'b', 'c']" | row 2: 'no' is
@@ -453,28 +452,31 @@ webvid test webvid_validation_success_full.tsv | ok\t1/2\n"no\t1/2\n | row 2: un
 
 
 @pytest.mark.parametrize("case", BAD_ROWS.strip().splitlines())
-def test_a_bad_row_is_one_line_with_file_and_row(tmp_path, case):
-    case = case.replace("MC_TEST", "LSMDC16_multiple_choice_test_randomized.csv")
+def test_a_bad_row_is_one_line_with_file_and_row(case):
     where, content, message = case.split(" | ")
     name, split, file = where.split()
-    words = {"TVQA": json.dumps(TVQA)[:-1], "QA": json.dumps(QA)[:-1], "VCR": json.dumps(VCR)[:-1],
-             "DEEP": "[" * 10**5, "LSMDC": "a\\t0\\t0\\t0\\t0"}
-    for word, text in words.items():
-        content = content.replace(word, text)
-    content = content.encode("latin-1").decode("unicode_escape").encode("latin-1")
-    write(tmp_path, {"youtube_mapping.txt": "a vid1", "vcr1images/m/a@0.json": META,
-                     "HowTo100M_v1.csv": "video_id\nv\n", file: content})
+    write({"youtube_mapping.txt": "a vid1", "vcr1images/m/a@0.json": WORDS["META"],
+           "HowTo100M_v1.csv": "video_id\nv\n", file: file_content(content)})
     with pytest.raises(UserError, match=message) as error:
-        read(name, tmp_path, split)
+        read(name, split)
     text = str(error.value)
     assert file in text and "\n" not in text and len(text) < 500
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_missing_annotations_name_the_files_that_would_do(tmp_path, name):
+def test_missing_annotations_name_the_files_that_would_do(name):
     for split in GIVEN[name]:
         with pytest.raises(UserError, match=r"no annotations in .*: expected \S+.*; from \S+"):
-            read(name, tmp_path, split)
+            read(name, split)
+
+
+@pytest.mark.parametrize("name, file, message", [
+    ("msrvtt", "annotation/MSR_VTT.json", "MSRVTT_JSFUSION_test.csv .*pkl, which is not opened"),
+    ("k400", "kinetics-400_val.csv", "expected kinetics-400_train.csv")])
+def test_a_second_file_is_asked_for(name, file, message):
+    write({file: ""})
+    with pytest.raises(UserError, match=message):
+        read(name, "test")
 
 
 def test_every_benchmark_has_a_reader():
@@ -484,95 +486,100 @@ def test_every_benchmark_has_a_reader():
 # ---- media ---------------------------------------------------------------------------------------
 
 
-def test_clips_are_found_by_name_and_by_stem(tmp_path):
+def test_clips_are_found_by_name_and_by_stem():
     """Dots, @ and brackets belong to names; mp4 before others; a folder of pictures is a clip."""
-    names = ["v_1.mp4.webm", "1006_Slum_00.25.49.077.avi", "a@0.JPG", "a@0.json", "b[1]*?.gif",
-             "c.mkv", "c.mp4", "r/00001.jpg"]
-    root = DataRoot(write(tmp_path, dict.fromkeys(names, "")))
-    expected = {"v_1": names[0], "1006_Slum_00.25.49.077": names[1], "a@0": names[2],
-                "b[1]*?": names[4], "c": "c.mp4", "c.mkv": "c.mkv", "c.avi": "c.mp4", "r": "r"}
-    assert {name: root.find(name) for name in expected} == expected
+    found = {"v_1": "v_1.mp4.webm", "1006_Slum_00.25.49.077": "1006_Slum_00.25.49.077.avi",
+             "a@0": "a@0.JPG", "b[1]*?": "b[1]*?.gif", "c": "c.mp4", "c.mkv": "c.mkv",
+             "c.avi": "c.mp4"}
+    write(dict.fromkeys([*found.values(), "a@0.json", "folder/00001.jpg"], ""))
+    root = DataRoot(".")
+    assert {name: root.find(name) for name in found} == found
+    assert root.find("folder") == "folder"
     assert root.find("none") is None and root.find("c/x") is None
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_match_in_all_forms_of_unicode(tmp_path, forms):
+def test_names_match_in_all_forms_of_unicode(forms):
     on_disk, asked = (unicodedata.normalize(form, "\u00e9t\u00e9/caf\u00e9") for form in forms)
-    root = DataRoot(write(tmp_path, {f"{on_disk}.mp4": ""}))
-    assert root.find(asked) == f"{on_disk}.mp4"
+    write({f"{on_disk}.mp4": ""})
+    assert DataRoot(".").find(asked) == f"{on_disk}.mp4"
 
 
-def test_links_may_lead_out_of_the_root(tmp_path):
-    write(tmp_path, {"elsewhere/a.mp4": "", "data/x": ""})
-    os.symlink(tmp_path / "elsewhere", tmp_path / "data/videos")
-    assert DataRoot(tmp_path / "data").find("videos/a") == "videos/a.mp4"
+def test_links_may_lead_out_of_the_root():
+    write({"elsewhere/a.mp4": "", "data/x": ""})
+    os.symlink("../elsewhere", "data/videos")
+    assert DataRoot("data").find("videos/a") == "videos/a.mp4"
 
 
-def test_each_folder_is_listed_once(tmp_path):
-    write(tmp_path, {"videos/01/a.mp4": "", "results_2M_train.csv": WEBVID + "1,01,x\n" * 50})
+def test_each_folder_is_listed_once():
+    write({"videos/01/a.mp4": "", "results_2M_train.csv": "videoid,page_dir,name\n1,01,x\n2,01,x"})
     with mock.patch.object(os, "listdir", side_effect=os.listdir) as listdir:
-        read("webvid", tmp_path, "train")
+        read("webvid", "train")
     assert listdir.call_count == 2          # the root (for a folder train/01) and videos/01
 
 
 # ---- the manifest folder -------------------------------------------------------------------------
 
+QUESTION = {"answer": "a", "id": 1, "question": "who?"}
 
-def msrvtt_qa(root, clips, suffix=".gif", content=GIF):
+
+def write_msrvtt_qa(clips, suffix=".gif", content=GIF):
     """MSRVTT-QA with a question for each training clip, and one clip in val and in test."""
-    rows = [{**QA, "id": n, "video_id": n, "answer": "bca"[n % 4 % 3]} for n in range(clips)]
-    write(root, {"train_qa.json": rows, "val_qa.json": [{**QA, "video_id": 7000}],
-                 "test_qa.json": [{**QA, "video_id": 8000, "answer": "never"}]})
-    numbers = [*range(clips), 7000, 8000]
-    return write(root, {f"videos/all/video{n}{suffix}": content for n in numbers})
+    rows = [{**QUESTION, "id": n, "video_id": n, "answer": "bca"[n % 4 % 3]} for n in range(clips)]
+    write({"train_qa.json": rows, "val_qa.json": [{**QUESTION, "video_id": 7000}],
+           "test_qa.json": [{**QUESTION, "video_id": 8000, "answer": "never"}]})
+    write({f"videos/all/video{n}{suffix}": content for n in [*range(clips), 7000, 8000]})
 
 
-def test_a_manifest_folder(tmp_path):
-    rows, said = make("msrvtt-qa", msrvtt_qa(tmp_path, 8), allow_missing=False, check=True)
+def test_a_manifest_folder():
+    write_msrvtt_qa(8)
+    rows, said = make("msrvtt-qa", allow_missing=False, check=True)
     assert [len(rows[split]) for split in ("train", "val", "test")] == [8, 1, 1]
     assert json.dumps(rows["train"][0]) == (
         '{"id": "0", "video": "videos/all/video0.gif", "question": "who?", "answer": "b", '
         '"question_type": "who?"}')
-    assert (tmp_path / "out/answers.txt").read_text() == "b\na\nc\n"
-    info = manifest_info(tmp_path / "out")
-    assert (info["benchmark"], info["root"]) == ("msrvtt-qa", str(tmp_path))
+    assert Path("out/answers.txt").read_text() == "b\na\nc\n"
+    info = manifest_info("out")
+    assert (info["benchmark"], info["root"]) == ("msrvtt-qa", os.getcwd())
     assert info["prepared"]["train"] == {
         "rows": 8, "clips": 8, "found": 8, "missing": 0, "unreadable": 0}
     text = "\n".join(said)
     for part in ("158581", "majority answer: b (50.0%)", "0.0% of the answers are in answers.txt"):
         assert part in text
-    assert said[-1] == f"next: python train.py --data {tmp_path}/out --init base.pt"
+    assert said[-1] == "next: python train.py --data out --init base.pt"
 
 
-def test_the_closed_list_has_the_most_frequent_answers(tmp_path):
-    counts = {"a": 1, "c": 3, "b": 3, "d": 1}
-    assert tool.closed_list(DataRoot(tmp_path), counts, 3) == ["b", "c", "a"]
+def test_the_closed_list_has_the_most_frequent_answers_or_the_classes_in_words():
+    root = DataRoot(".")
+    assert tool.closed_list(root, {"a": 1, "c": 3, "b": 3, "d": 1}, 3) == ["b", "c", "a"]
+    root.classes = ["air_drumming", "abseiling"]
+    assert tool.closed_list(root, {}, None) == ["air drumming", "abseiling"]
 
 
-def test_missing_and_unreadable_clips_are_named(tmp_path):
+def test_missing_and_unreadable_clips_are_named():
     """Training rows without a clip are left out, test rows stay with their expected path."""
-    root = msrvtt_qa(tmp_path, 8)
-    (root / "videos/all/video1.gif").unlink()
-    (root / "videos/all/video8000.gif").write_text("")
+    write_msrvtt_qa(8)
+    os.unlink("videos/all/video1.gif")
+    write({"videos/all/video8000.gif": ""})
     named = "train\tvideos/all/video1\tmissing\ntest\tvideos/all/video8000.gif\tunreadable\n"
     with pytest.raises(UserError, match="1 of 8 clips of train, 1 of 1 clips of test are missing"):
-        make("msrvtt-qa", root, allow_missing=False, check=True)
-    assert (root / "out/missing.txt").read_text() == named and len(os.listdir(root / "out")) == 1
-    rows, _ = make("msrvtt-qa", root, check=True)
-    assert [row["id"] for row in rows["train"]] == ["0", "2", "3", "4", "5", "6", "7"]
+        make("msrvtt-qa", allow_missing=False, check=True)
+    assert Path("out/missing.txt").read_text() == named and len(os.listdir("out")) == 1
+    rows, _ = make("msrvtt-qa", check=True)
+    assert [row["id"] for row in rows["train"]] == list("0234567")
     assert rows["test"][0]["video"] == "videos/all/video8000.gif"
-    assert (root / "out/missing.txt").read_text() == named
+    assert Path("out/missing.txt").read_text() == named
 
 
-def test_one_percent_of_train_may_be_missing_but_none_of_test(tmp_path):
-    root = msrvtt_qa(tmp_path, 100, ".mp4", "")
-    (root / "videos/all/video5.mp4").unlink()
-    rows, _ = make("msrvtt-qa", root, allow_missing=False)
+def test_one_percent_of_train_may_be_missing_but_none_of_test():
+    write_msrvtt_qa(100, ".mp4", "")
+    os.unlink("videos/all/video5.mp4")
+    rows, _ = make("msrvtt-qa", allow_missing=False)
     assert len(rows["train"]) == 99
-    shutil.rmtree(root / "out")
-    write(root, {"test_qa.json": [{**QA, "video_id": n} for n in range(100)]})
+    shutil.rmtree("out")
+    write({"test_qa.json": [{**QUESTION, "video_id": n} for n in range(100)]})
     with pytest.raises(UserError, match="1 of 100 clips of test are missing"):
-        make("msrvtt-qa", root, allow_missing=False)
+        make("msrvtt-qa", allow_missing=False)
 
 
 def test_held_out_clips_depend_on_their_crc32_alone():
@@ -585,156 +592,139 @@ def test_held_out_clips_depend_on_their_crc32_alone():
 def test_a_small_set_holds_out_one_clip():
     clips = {"v0", "v1", "v2"}
     first, second, _ = sorted(clips, key=lambda clip: zlib.crc32(clip.encode()))
-    assert hold_out(clips, ("val",)) == {first: "val"}
     assert hold_out(clips, ("val", "test")) == {first: "val", second: "test"}
     assert hold_out({"v1"}, ("val",)) == {}
 
 
-def test_a_held_out_retrieval_clip_keeps_its_first_caption(tmp_path):
-    write(tmp_path, {"MSRVTT_data.json": sentences(*range(40)), "MSRVTT_JSFUSION_test.csv": PAIRS})
-    write(tmp_path, {f"videos/video{n}.mp4": "" for n in range(40)})
-    rows, _ = make("msrvtt", tmp_path)
+def test_a_held_out_retrieval_clip_keeps_its_first_caption():
+    write({"MSRVTT_data.json": captions(*range(40)),
+           "MSRVTT_JSFUSION_test.csv": "key,video_id,sentence\nret0,video9770,a man\n"})
+    write({f"videos/video{n}.mp4": "" for n in range(40)})
+    rows, _ = make("msrvtt")
     assert {len(row["captions"]) for row in rows["train"]} == {2}
     for row in rows["val"]:
         assert row["caption"] == f"see {stem(row['video']).removeprefix('videos/video')}"
     assert {*pick(rows["train"], "video")}.isdisjoint(pick(rows["val"], "video"))
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
-    root = msrvtt_qa(tmp_path, 8)
+def test_an_interrupted_run_leaves_nothing():
+    write_msrvtt_qa(8)
     with mock.patch.object(tool, "write_rows", side_effect=KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            make("msrvtt-qa", root)
-    assert not [name for name in os.listdir(root) if "out" in name]
+            make("msrvtt-qa")
+    assert not [name for name in os.listdir() if "out" in name]
 
 
-def test_what_a_killed_process_left_is_deleted(tmp_path):
-    root = write(msrvtt_qa(tmp_path, 8), {".out-1.part/train.jsonl": "", ".other-1.part/x": ""})
-    make("msrvtt-qa", root)
-    assert [name for name in os.listdir(root) if name.endswith(".part")] == [".other-1.part"]
-
-
-def test_a_finished_folder_is_kept(tmp_path):
-    root = msrvtt_qa(tmp_path, 8)
-    make("msrvtt-qa", root)
+def test_what_a_killed_process_left_is_deleted():
+    """Not what another folder's process left. A finished folder is kept."""
+    write_msrvtt_qa(8)
+    write({".out-1.part/train.jsonl": "", ".other-1.part/x": ""})
+    make("msrvtt-qa")
+    assert [name for name in os.listdir() if name.endswith(".part")] == [".other-1.part"]
     with pytest.raises(UserError, match="out exists: delete it"):
-        make("msrvtt-qa", root)
+        make("msrvtt-qa")
 
 
-def test_empty_splits_are_errors(tmp_path):
-    write(msrvtt_qa(tmp_path, 8), {"test_qa.json": []})
+def test_empty_splits_are_errors():
+    write_msrvtt_qa(8)
+    write({"test_qa.json": []})
     with pytest.raises(UserError, match="no rows for test"):
-        make("msrvtt-qa", tmp_path)
-    shutil.rmtree(tmp_path / "videos")
-    write(tmp_path, {"test_qa.json": [QA]})
+        make("msrvtt-qa")
+    shutil.rmtree("videos")
+    write({"test_qa.json": [{**QUESTION, "video_id": 1}]})
     with pytest.raises(UserError, match="no training row has a clip"):
-        make("msrvtt-qa", tmp_path)
+        make("msrvtt-qa")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["mine.json"], "whose name ends in .jsonl"), (["mine.JSONL"], "whose name ends in .jsonl"),
-    (["msrvtt"], "the folder of its owners' files"), (["none", "x"], "benchmarks are tgif-action")])
-def test_wrong_arguments_are_one_line(monkeypatch, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+@pytest.mark.parametrize("words, message", [
+    ("mine.json", "whose name ends in .jsonl"), ("mine.JSONL", "whose name ends in .jsonl"),
+    ("msrvtt", "the folder of its owners' files"), ("none x", "benchmarks are tgif-action")])
+def test_wrong_arguments_are_one_line(command, words, message):
     with pytest.raises(UserError, match=message):
-        tool.main()
+        command(tool.main, *words.split())
 
 
 # ---- your own file -------------------------------------------------------------------------------
 
 
-def own(root, rows):
-    """mine.jsonl and its clips, ten of them."""
-    return write(root, {"mine.jsonl": rows, **{f"{n}.mp4": "" for n in range(10)}}) / "mine.jsonl"
+def make_own(*rows):
+    """out/ of mine.jsonl, whose clips are 0.mp4 to 9.mp4."""
+    write({"mine.jsonl": list(rows), **{f"{n}.mp4": "" for n in range(10)}})
+    return make("mine.jsonl")
 
 
-def test_own_rows_are_split_by_clip(tmp_path):
+def test_own_rows_are_split_by_clip():
     """90 % of the clips are train, 5 % val and 5 % test."""
     rows = [{"video": f"./v{n // 2}.mp4", "question": " What is\nit? ", "answer": "cat"}
             for n in range(400)]
-    write(tmp_path, {f"v{n}.mp4": "" for n in range(200)})
-    made, said = make(own(tmp_path, rows), tmp_path)
+    write({f"v{n}.mp4": "" for n in range(200)})
+    made, said = make_own(*rows)
     train, val, test = ({*pick(made[split], "video")} for split in ("train", "val", "test"))
     assert len(train | val | test) == len(train) + len(val) + len(test) == 200
     assert 3 <= len(val) <= 17 and 3 <= len(test) <= 17
     assert pick(made["train"], "id", "question", "question_type", "answer")[0] == (
         "1", "What is it?", "what is", "cat")
-    assert "benchmark" not in manifest_info(tmp_path / "out")
+    assert "benchmark" not in manifest_info("out")
     assert said[-1].endswith("out --task vqa")
 
 
-def test_own_rows_may_name_their_split(tmp_path):
+def test_own_rows_may_name_their_split():
     """Without a val, one is held out of train. All fields of the manifest are kept."""
     test = {"id": "mine", "video": "9.mp4", "captions": ["a", "b"], "seconds": [1, 2]}
     rows = [{"video": f"{n}.mp4", "caption": "a dog"} for n in range(3)]
-    made, _ = make(own(tmp_path, [*rows, {**test, "split": "test"}]), tmp_path)
+    made, _ = make_own(*rows, {**test, "split": "test"})
     assert [len(made[split]) for split in ("train", "val", "test")] == [2, 1, 1]
     assert made["test"] == [test]
 
 
-def test_own_names_are_exact(tmp_path):
+def test_own_names_are_exact():
     """Another extension will not do; a video may be elsewhere, by an absolute path."""
-    there = f"{write(tmp_path, {'elsewhere/b.mp4': ''})}/elsewhere/b.mp4"
-    rows = [{"video": "1.avi", "label": 0, "split": "val"}, {"video": there, "label": 1}]
-    made, _ = make(own(tmp_path, rows), tmp_path)
+    write({"elsewhere/b.mp4": ""})
+    there = os.path.abspath("elsewhere/b.mp4")
+    made, _ = make_own({"video": "1.avi", "label": 0, "split": "val"}, {"video": there, "label": 1})
     assert made["train"] == [{"id": "2", "video": there, "label": 1}]
-    assert (tmp_path / "out/missing.txt").read_text() == "val\t1.avi\tmissing\n"
+    assert Path("out/missing.txt").read_text() == "val\t1.avi\tmissing\n"
 
 
-def test_own_texts_make_a_tokenizer(tmp_path):
+def test_own_texts_make_a_tokenizer():
     """The same one every time; every letter has a token; one next to the file is taken instead."""
     texts = ["a red ring moves", "a red cross moves", "caf\u00e9 moves \u6f22"]
-    file = own(tmp_path, [{"video": "1.mp4", "caption": text} for text in texts])
+    rows = [{"video": "1.mp4", "caption": text} for text in texts]
     found = set()
     for _ in range(3):
-        make(file, tmp_path)
-        found.add((tmp_path / "out/tokenizer.json").read_text())
-        shutil.rmtree(tmp_path / "out")
+        make_own(*rows)
+        found.add(Path("out/tokenizer.json").read_text())
+        shutil.rmtree("out")
     (text,) = found
     tokenizer = Tokenizer.from_json(text)
     unknown = tokenizer.tokenizer.token_to_id("[UNK]")
     assert len(tokenizer.ids("RED moves")) == 2
     assert unknown not in tokenizer.ids("Cafe \u6f22 grins") and unknown in tokenizer.ids("\u6f23")
-    write(tmp_path, {"tokenizer.json": text + " "})
-    make(file, tmp_path)
-    assert (tmp_path / "out/tokenizer.json").read_text() == text + " "
+    write({"tokenizer.json": text + " "})
+    make_own(*rows)
+    assert Path("out/tokenizer.json").read_text() == text + " "
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"video": "../a", "caption": "c"}, "without '..'"), ({"video": "a"}, "a row has question"),
-    ({"video": "a", "question": "q", "options": ["x", "y"], "answer": 2}, "a row has question"),
-    ({"video": "a", "caption": "c", "fps": 3}, "fields out of"),
-    ({"video": "a", "caption": "c", "split": "dev"}, "split 'dev' is not train"),
-    ({"video": "a", "caption": "c", "id": "1"}, "another row has the id '1'"),
-    ({"video": "a", "label": 1}, "two tasks, action and retrieval")])
-def test_bad_own_rows_are_named(tmp_path, row, message):
+# fields of row 2 | error
+BAD_OWN_ROWS = """
+"video": "../a", "caption": "c" | without '..'
+"video": "a" | a row has question
+"video": "a", "question": "q", "options": ["x", "y"], "answer": 2 | a row has question
+"video": "a", "caption": "c", "fps": 3 | fields out of
+"video": "a", "caption": "c", "split": "dev" | split 'dev' is not train
+"video": "a", "caption": "c", "id": "1" | another row has the id '1'
+"video": "a", "label": 1 | two tasks, action and retrieval
+"""
+
+
+@pytest.mark.parametrize("case", BAD_OWN_ROWS.strip().splitlines())
+def test_bad_own_rows_are_named(case):
+    fields, message = case.split(" | ")
     with pytest.raises(UserError, match=f"mine.jsonl, row 2: .*{message}"):
-        make(own(tmp_path, [{"video": "b", "caption": "c"}, row]), tmp_path)
+        make_own({"video": "b", "caption": "c"}, json.loads(f"{{{fields}}}"))
 
 
 # ---- real rows -----------------------------------------------------------------------------------
-
-
-def need(path):
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return path
-
-
-def test_case_k400_list():
-    rows = read("k400", need(CASES / "k400_list"), "train")
-    assert rows[0]["video"] == "train/snowboarding/MCgJO4s1qBA_000129_000139"
-
-
-def test_case_webvid_cr():
-    rows = read("webvid", need(CASES / "webvid_cr"), "test")
-    assert pick(rows, "caption") == [("a cat",), ("a cat",)]
-
-
-def test_case_cc3m_collision():
-    root = DataRoot(need(CASES / "cc3m_collision"))
-    assert list(READERS["cc3m"](root, "test")) == [] and root.left_out.total() == 2
-
 
 HARRY = "1054_Harry_Potter_and_the_prisoner_of_azkaban"
 # benchmark, split, rows, file [its name here]: parts of the first row
@@ -767,10 +757,10 @@ k400 test 20 kinetics400/kinetics_video_vallist.txt: val/abseiling/0wR5jVB-WPk 0
 """
 
 
+@pytest.mark.skipif(not REAL.exists(), reason="no excerpts in ../shared")
 @pytest.mark.parametrize("line", FILES.strip().splitlines())
-def test_real_rows(tmp_path, line):
+def test_real_rows(line):
     """Every excerpt of a real file gives all its rows, the first as read off it by eye."""
-    need(REAL)
     line, parts = line.split(": ")
     name, split, count, file, *target = line.split()
     picture = f"lsmdc_{HARRY}/{HARRY}_00.01.46.736-00.01.50.168@0.json"
@@ -780,13 +770,11 @@ def test_real_rows(tmp_path, line):
               "kinetics-400_train.csv": "kinetics400/kinetics-400_val.csv",
               "HowTo100M_v1.csv": "howto100m/HowTo100M_v1_README_rows.csv",
               "".join(target) or Path(file).name: file}
-    write(tmp_path, {place: (REAL / source).read_bytes() for place, source in copies.items()})
-    rows = read(name, tmp_path, split)
+    write({place: (REAL / source).read_bytes() for place, source in copies.items()})
+    rows = read(name, split)
     assert len(rows) == int(count) and len({row["id"] for row in rows}) == len(rows)
     assert all(part in json.dumps(rows[0]) for part in parts.split())
 
-
-MAIN = Path(toy.__file__).resolve().parent.parent
 
 # ---- toy: the world ------------------------------------------------------------------------------
 
