@@ -267,9 +267,9 @@ train | {"caption": "a"}
 left out | 3
 
 cc3m: pictures are named by the crc32 of their url, quotes are text; the released tsv has paths
-Train_GCC-training.tsv | a "quoted\thttp://x/y.jpg\n
+Train_GCC-training.tsv | "a" quote\thttp://x/y.jpg\n
 cc3m_validation_success_full.tsv | b\t00/1.jpg\n
-train | {"video": "training/3945302316", "caption": "a \"quoted"}
+train | {"video": "training/3945302316", "caption": "\"a\" quote"}
 test | {"video": "validation/00/1"}
 
 cc3m: pictures of two urls with one crc32 are left out; two captions of one url are no fault
@@ -405,7 +405,7 @@ def test_ego4d_mc_trains_on_narrations():
 
 def test_howto100m_is_streamed():
     """A row comes before the next file is opened."""
-    write({"HowTo100M_v1.csv": "video_id\na\nb\n", "howto100m_captions/b.csv": "broken",
+    write({"HowTo100M_v1.csv": "video_id\na\nb\n", "howto100m_captions/b.csv": b"\xff",
            "howto100m_captions/a.csv": "start,end,text\n1,2,x\n"})
     assert next(read_all(DataRoot("."), "howto100m"))[1]["caption"] == "x"
 
