@@ -1009,16 +1009,16 @@ def test_existing_folders_stay_and_missing_files_are_an_error():
 
 def test_toy_names_what_exists_and_what_is_wrong(command):
     write({"file": ""})
-    for words, line in (((".", "--seed", -1), "--seed -1: must be"),
-                        (("file",), "file cannot be written")):
+    for words, line in ((". --seed -1", "--seed -1: must be"),
+                        ("file", "file cannot be written")):
         with pytest.raises(UserError, match=line):
-            command(toy.main, *words)
+            command(toy.main, *words.split())
     make_toy(".", ["vcr"], share=0.01)
     assert "vcr exists and stays as it is" in command(toy.main, ".", "--only", "vcr")
 
 
 def test_encoded_picture_is_read_back():
-    picture = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    picture = np.arange(144, dtype=np.uint8).reshape(6, 8, 3)
     write({"a.png": encode_picture(picture, ".png")})
     frames = read_frames("a.png", lambda times: [0])
     assert np.array_equal(frames[0].permute(1, 2, 0), picture)
@@ -1238,7 +1238,6 @@ def test_deit_loses_its_distillation_token(zipped):
     config, heads, state, report = convert("deit.pth")
     assert heads == [] and config == Config(width=192, layers=2, heads=3, image=32, patch=8)
     assert report.notes == ["pos_embed cut from 18 to 17 rows"] and "dist_token" in report.unused
-    assert len(own) == 30
     assert_close(state, own, 0)
 
 
@@ -1476,11 +1475,11 @@ def test_gallery_is_spread_over_types_right_and_wrong():
     records = []
     for n in range(100):
         records.append({"id": str(n), "question_type": "ab"[n % 10 == 0], "correct": n % 4 > 0,
-                        "prediction": "x" if n else None})
+                        "prediction": "x" if n >= 40 else None})
     chosen = report.choose(records, 12)
     groups = [(records[i]["question_type"], records[i]["correct"]) for i in chosen]
     assert [groups.count(group) for group in sorted(set(groups))] == [3, 3, 3, 3]
-    assert 0 not in chosen and chosen == sorted(set(chosen))
+    assert min(chosen) >= 40 and chosen == sorted(set(chosen))
 
 
 def test_page_shows_what_the_model_saw():
@@ -1494,7 +1493,7 @@ def test_page_shows_what_the_model_saw():
     for item in data["items"]:
         attention = np.frombuffer(base64.b64decode(item["attention"]), np.uint8)
         assert (attention.reshape(2, len(item["words"]), 48).max(2) == 255).all()
-    assert data["table"][-1]["chance"] == 100 and data["table"][-1]["majority"] == 100
+    assert data["table"][-1]["majority"] == 100
 
 
 @pytest.mark.parametrize("head, row, optional", [
@@ -1519,8 +1518,10 @@ def test_page_is_safe_from_its_texts():
 
 
 def test_page_reads_the_chosen_option():
-    item = make_page("mc", OPTIONS)[1]["items"][0]
-    assert item["words"][-2:] == [item["top"][0][0], "[SEP]"]
+    """In whatever place it is."""
+    turned = {**OPTIONS, "video": "clip0", "options": ["ring", "red"]}
+    for item in make_page("mc", OPTIONS, turned)[1]["items"]:
+        assert item["words"][-2:] == [item["top"][0][0], "[SEP]"]
 
 
 def test_page_of_retrieval_shows_what_was_found():
@@ -1581,7 +1582,7 @@ def test_search_reads_only_what_changed(embedded):
     assert embedded() == "" and embedded("another checkpoint") == "0134"
 
 
-@pytest.mark.parametrize("content", [b"", b"no", b"PK\3\4", np.array([Path("x")], object)])
+@pytest.mark.parametrize("content", [b"", b"no", b"PK\3\4", np.array([Bomb()], object)])
 def test_search_survives_damaged_embeddings(embedded, content):
     """And executes nothing that lies in them."""
     if isinstance(content, bytes):
@@ -1589,6 +1590,7 @@ def test_search_survives_damaged_embeddings(embedded, content):
     else:
         np.savez("kept.npz", keys=content)
     assert embedded() == "01234" and embedded() == ""
+    assert not os.path.exists("executed")
 
 
 def test_search_keeps_what_was_read_before_ctrl_c(embedded):
@@ -1690,6 +1692,7 @@ def test_sheet_names_classes_and_marks_answers(plots):
     figure = plots.draw_sheet(".", "test", 8)
     assert ["✓ red" in axes.texts[0].get_text() for axes in figure.axes] == [True, True]
     plots.save(figure, "sheet.png")
+    assert os.path.exists("sheet.png")
 
 
 def test_plots_without_matplotlib_is_one_line():
@@ -1797,10 +1800,11 @@ def test_clips_of_the_loader_can_be_read(monkeypatch):
     assert (Path(rows.root) / rows[44]["video"]).read_bytes() == b"4"       # 40 differ
 
 
-@pytest.mark.parametrize("words", ["loader --workers 0", "data --rows -1", "video",
-                                   "video /no/such/file.mp4"])
-def test_loader_and_video_name_bad_arguments(command, words):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize("words, message", [
+    ("loader --workers 0", "--workers"), ("data --rows -1", "--rows"), ("video", "give files"),
+    ("video /no/such/file.mp4", "file.mp4")])
+def test_bench_names_bad_arguments(command, words, message):
+    with pytest.raises(UserError, match=message):
         command(bench.main, *words.split())
 
 
