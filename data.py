@@ -303,6 +303,8 @@ def _display_packets(stream, rows, header, pictures):
     codec = stream.codec_context
     name = codec.codec.canonical_name
     one_to_one = name in ONE_TO_ONE and codec.field_order <= 1    # not interlaced
+    if name not in SKIPPABLE:                                   # without B-frames times must rise
+        one_to_one = one_to_one and (np.diff(pts) > 0).all()
     display = pts
     times = pts
     skippable = np.full_like(pts, name in SKIPPABLE)
