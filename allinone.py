@@ -18,6 +18,9 @@ import io
 import os
 import sys
 
+# This section must run before torch is imported: a short message for Ctrl-C, the version of Python,
+# and the environment variables that torch reads when it loads.
+
 
 def one_line_interrupt(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
@@ -52,8 +55,7 @@ from rolling import roll_groups, roll_tokens
 
 
 # The least and the greatest value of a field. text_length is at least 3: [CLS], a word, [SEP];
-# vocab at least 5: the special tokens. The upper limits keep a damaged file from asking for all
-# memory.
+# vocab at least 5: the special tokens. The upper limits refuse the nonsense of a damaged file.
 LIMITS = {"width": (8, 8192), "layers": (1, 128), "heads": (1, 128), "image": (8, 2048),
           "patch": (1, 256), "frames": (1, 512), "text_length": (3, 4096), "vocab": (5, 2 ** 20),
           "answers": (0, 2 ** 20), "embed": (1, 8192),
@@ -91,10 +93,10 @@ class Config:
             if not low <= value <= high:
                 raise UserError(f"config: {name} {value} is not from {low} to {high}")
         if self.width % self.heads:
-            raise UserError(f"config: width {self.width} is no multiple of heads {self.heads}")
+            raise UserError(f"config: width {self.width} is not a multiple of heads {self.heads}")
         if self.image % self.patch:
-            raise UserError(f"config: image {self.image} is no multiple of patch {self.patch}")
-        try:                                            # checks both values, for any grid
+            raise UserError(f"config: image {self.image} is not a multiple of patch {self.patch}")
+        try:                                            # roll_groups knows what is allowed
             roll_groups(1, 1, self.fraction, self.roll)
         except ValueError as error:
             raise UserError(f"config: {error}") from None
@@ -166,7 +168,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm ViT block. It sees one frame, with the words, at a time: rows are frames."""
+    """A pre-norm ViT block. Each row of the batch is one frame together with the words."""
 
     def __init__(self, D, heads, dropout, drop_path):
         super().__init__()
@@ -191,8 +193,9 @@ class Output(NamedTuple):
     video: Tensor       # (B, N, D), mean over frames, CLS first; empty if num_queries is given
 
 
-# Multiple choice has three heads: mc, with a hidden layer, for TGIF and TVQA; rank, which starts as
-# row 1 of matching, for the others; rank2 for VCR's second question, QA->R.
+# Multiple choice has three heads: mc, with a hidden layer, for TGIF and TVQA; rank for the others;
+# rank2 for VCR's second question, QA->R. rank and rank2 start as row 1 of matching's weight: it
+# computes column 1, "the text is about the clip".
 HEADS = ("matching", "mlm", "answer", "mc", "rank", "rank2", "contrast")
 
 
@@ -315,19 +318,19 @@ class AllInOne(nn.Module):
     def encode_video(self, frames):
         """frames (B, T, 3, R, R) -> (B, config.embed): the projected CLS of the video on its own.
         As released, nothing rolls here, unless config.roll_unimodal."""
-        roll_from = 0 if self.config.roll_unimodal else None
-        x = self.apply_blocks(self.embed_frames(frames), None, roll_from, num_queries=1)
+        first_visual = 0 if self.config.roll_unimodal else None
+        x = self.apply_blocks(self.embed_frames(frames), None, first_visual, num_queries=1)
         return self.task_heads["contrast"]["video"](x[:, 0])
 
-    def apply_blocks(self, x, attention_mask, roll_from, num_queries):
+    def apply_blocks(self, x, attention_mask, first_visual, num_queries):
         """Roll and attend, block after block; then the final norm and the mean over frames.
         x (B, T, S, D), attention_mask (B, S) or None -> (B, num_queries or S, D).
-        roll_from: the place of the first visual token in x; None: nothing rolls."""
+        first_visual: the place of the first visual token in x; None: nothing rolls."""
         B, T, S, D = x.shape
-        rolls = roll_from is not None
+        rolls = first_visual is not None
         if rolls:
-            forward_group = self.forward_group + roll_from
-            backward_group = self.backward_group + roll_from
+            forward_group = self.forward_group + first_visual
+            backward_group = self.backward_group + first_visual
         mask = None
         if attention_mask is not None:
             mask = attention_mask.repeat_interleave(T, dim=0).view(B * T, 1, 1, S)
@@ -343,20 +346,22 @@ class AllInOne(nn.Module):
 
 
 def init_released(model):
-    """The released start: normal with std 0.02; time embeddings and biases 0.
+    """Initial weights as released: normal with std 0.02; time embeddings and biases 0.
     Differs: the released patch convolution keeps PyTorch's default (std 0.0208 at base)."""
     init_weights(model, std=0.02)
 
 
 def init_narrow(model):
-    """For the toy size: matrices 1 / sqrt(fan-in), tables 1. A model 96 wide does not learn from
-    std 0.02 within minutes: its residual branches add next to nothing at the start."""
+    """For the toy size: std 1 / sqrt(fan-in) for matrices, 1 for embedding tables. A model 96 wide
+    does not learn from std 0.02 within minutes: its residual branches add next to nothing at the
+    start."""
     init_weights(model, std=None)
 
 
 def init_weights(model, std):
-    """std None: 1 / sqrt(fan-in) for matrices, 1 for tables. Time embeddings start at 0: random ones
-    delay the moment when a model learns to compare frames."""
+    """Normal with this std; None: 1 / sqrt(fan-in) for matrices, 1 for embedding tables.
+    Time embeddings start at 0: random ones delay the moment when a model learns to compare frames.
+    """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()
@@ -366,11 +371,11 @@ def init_weights(model, std):
                   model.modality_embed, model.pos_embed):
         nn.init.normal_(table, std=std or 1.0)
     nn.init.zeros_(model.time_embed)
-    heads = model.task_heads
-    for head in ("rank", "rank2"):                  # they start as row 1 of matching
-        if "matching" in heads and head in heads:
-            row = {name: t[1:] for name, t in heads["matching"].state_dict().items()}
-            heads[head].load_state_dict(row)
+    state = model.state_dict()
+    for head in ("rank", "rank2"):
+        if "matching" in model.task_heads and head in model.task_heads:
+            copy_rank_from_matching(state, head)
+    model.load_state_dict(state)
 
 
 def copy_rank_from_matching(state, head):
@@ -386,7 +391,7 @@ def load_weights(model, checkpoint, answers=()):
     The answer head is loaded only if the checkpoint's answer list equals `answers`. rank and rank2
     start as row 1 of matching where the file lacks them. If the grid differs, the positions of
     patches are resized (bicubic). If the model has more frames, their time embeddings are zero, as
-    released; if it reads longer texts, the further positions stay as they are.
+    released; if it reads longer texts, the added positions keep the model's own initial values.
     Returns one line that accounts for every tensor. Raises UserError if sizes differ.
     """
     for name in ("width", "layers", "heads", "patch"):
@@ -458,7 +463,7 @@ def save_checkpoint(path, model, answers, tokenizer, **about):
 
 
 def load_checkpoint(path):
-    """Read a file of save_checkpoint and check all that it says of itself.
+    """Read a file of save_checkpoint, and check everything that the code relies on.
 
     Returns its dict, with "config" a Config. Raises UserError: not a checkpoint, damaged (the zip's
     checksums), fields of another version, or tensors that are not the dense, finite floats that
@@ -498,7 +503,8 @@ def load_run(path):
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "best.pt")):
             if os.path.exists(os.path.join(path, "config.json")):
-                raise UserError(f"{path} has no best.pt yet; go on with train.py --resume")
+                raise UserError(f"{path} has no best.pt yet; go on with train.py, the same flags, "
+                                f"--resume and --out {path}")
             raise UserError(f"{path} is no run folder: it holds no best.pt; train one with: python "
                             "train.py --task vqa")
         path = os.path.join(path, "best.pt")
@@ -527,7 +533,7 @@ def read_torch_file(path):
         with open(path, "rb") as file:
             archive = io.BytesIO(file.read())
         zipped = zipfile.ZipFile(archive)
-        cause = zipped.testzip()                            # the name of a damaged part
+        cause = zipped.testzip()                            # why not: the name of a damaged part
         if any(entry.compress_type for entry in zipped.infolist()):
             cause = "compressed"                            # a small file could hold gigabytes
         if cause is None:
@@ -575,7 +581,7 @@ def count_parameters(model):
 
 
 def multiply_adds(config, L=40):
-    """Of one clip's joint forward: T frames, each with L words; matrix products only."""
+    """Of one clip's joint forward: T frames, each with L text tokens; matrix products only."""
     D = config.width
     N = 1 + config.grid ** 2
     S = L + N
@@ -600,7 +606,8 @@ def main():
         print(f"{name:6s} {config.width:4d} {config.layers:6d} {config.heads:3d} "
               f"{config.image:4d} {config.patch:3d} {count_parameters(model) / 1e6:9.2f} M "
               f"{multiply_adds(config) / 1e9:7.2f} {1000 * min(times):6.1f} ms")
-    print(f"one clip of 3 frames with 40 words, float32, {torch.get_num_threads()} CPU threads")
+    print(f"one clip of 3 frames with 40 text tokens, float32, {torch.get_num_threads()} CPU "
+          "threads; GMAC: 10^9 multiply-adds")
 
 
 # ---- what every script needs: errors, files, progress --------------------------------------------

@@ -8,7 +8,7 @@ A batch is a dict:
     input_ids        (B, A, L) int64, the A texts of a clip:
                          vqa, action     one
                          choice, vcr     one for each option
-                         retrieval       the caption; with --vtm then drawn ones
+                         retrieval       the caption; in training with --vtm also others' captions
                          pretrain        the text to match, the text with masks, the caption
     attention_mask   (B, A, L) bool, True at real words
     target           (B,) int64, the right answer or option, -1 if the answer list lacks it; in
@@ -17,7 +17,8 @@ A batch is a dict:
                      second text of all clips (B * L), and their true ids
     is_rationale     (B,) bool, multiple choice: True where the question is VCR's QA->R
     index            (B,) int64, rows of the data set
-    errors           {row id: cause} of clips that cannot be read; the only entry if none can
+    errors           {row id: cause} of clips that cannot be read; if no clip of the batch can be
+                     read, the batch has only this entry
 """
 import argparse
 import atexit
@@ -54,6 +55,8 @@ from av.stream import Discard, Disposition
 from av.video.frame import PictureType
 
 # ---- frame sampler -------------------------------------------------------------------------------
+# On a first reading, read frame_indices and the docstring of read_frames, and go on at "the
+# benchmarks": all the rest gets the frames of _read_in_order, only faster.
 # A frame needs the packets from its key frame on, and no others. So: list all packets without
 # decoding them, sort them into display order, plan the runs of packets that lead to the wanted
 # frames, decode these runs, and let FFmpeg skip the pictures that no other picture refers to.
@@ -121,7 +124,8 @@ def frame_indices(num_frames, T, mode, rng=None):
 
 
 def read_frames(path, pick, size=None, place=(0.5, 0.5), zoom=1.2, boxes=(), listings=None):
-    """Chosen frames of a video, gif, picture or folder of pictures, as sequential decoding gives.
+    """Chosen frames of a video, gif, picture or folder of pictures: exactly those that decoding
+    from the start gives.
 
     pick: frame numbers in display order (repeats and any order allowed), or a function that
         returns them, given the times of all frames: float64, seconds since the container's start.
@@ -140,7 +144,7 @@ def read_frames(path, pick, size=None, place=(0.5, 0.5), zoom=1.2, boxes=(), lis
     convert = partial(_to_rgb, size=size, place=place, zoom=zoom, boxes=boxes)
     if os.path.isdir(path):
         files = _picture_files(path)
-        numbers = _pick_numbers(path, pick, np.arange(float(len(files))))
+        numbers = _pick_numbers(path, pick, np.arange(len(files), dtype=float))
         frames = {}
         for i in set(numbers):
             _, pictures = _read_file(files[i], [0], convert)
@@ -149,12 +153,13 @@ def read_frames(path, pick, size=None, place=(0.5, 0.5), zoom=1.2, boxes=(), lis
         numbers, frames = _read_file(path, pick, convert, listings)
     if len({frame.shape for frame in frames.values()}) > 1:
         raise VideoError(f"{path}: its frames differ in size; read them with a size")
-    frames = np.stack([frames[i] for i in numbers])     # keeps the strides of transposed frames
-    return torch.from_numpy(frames).contiguous()
+    frames = np.stack([frames[i] for i in numbers])
+    return torch.from_numpy(frames).contiguous()        # np.stack keeps a turned frame's axis order
 
 
 def readable(path):
-    """Does the file begin like a video or picture, or has the folder a picture? Decodes nothing."""
+    """True if the file begins like a video or picture, or the folder holds a picture. Decodes
+    nothing."""
     if os.path.isdir(path):
         return bool(_picture_files(path))
     with suppress(VideoError, FFmpegError), _open(path) as stream:
@@ -184,9 +189,9 @@ def _pick_numbers(path, pick, times):
 def _read_file(path, pick, convert, listings=None, trust=True):
     """-> (frame numbers, {number: convert(frame)}). trust: believe a kept listing, and seek.
 
-    First few packets, as the listing says. If the file contradicts it, and packets came from the
-    disk (a kept listing, or a large file): once more, with a new listing and without seeking. Else
-    everything in order.
+    Tries the few packets that the listing names. If the file contradicts the listing, and packets
+    came from the disk (a kept listing, or a large file), it tries again with a new listing and
+    without seeking. If this fails too, it decodes everything in order.
     """
     try:
         # "explode": a damaged frame is an error here. In order, FFmpeg conceals what it can.
@@ -232,7 +237,7 @@ def _demux(stream):
         for packet in stream.container.demux(stream):
             if packet.size:                                     # PyAV ends with an empty packet
                 yield packet
-    except IndexError:                  # PyAV finds a packet's stream by number, and has none such
+    except IndexError:                  # PyAV looks the stream up by number and does not find it
         raise VideoError(f"{stream.container.name}: a stream begins late, which PyAV cannot "
                          "read") from None
 
@@ -312,7 +317,7 @@ def _display_packets(stream, rows, header, pictures):
         display = None if codec.has_b_frames else pts
         times = dts
     if name == "mpeg4":
-        # After each packet: the pictures read and not yet shown. Sound: 0, and 1 if packed.
+        # After each packet: the pictures read and not yet shown. Valid: 0, in a packed file also 1.
         waiting = np.cumsum([len(types) for types in pictures]) - np.arange(1, len(pictures) + 1)
         packed = re.search(rb"DivX\d+(Build|b)\d+p", header) is not None
         one_to_one = one_to_one and waiting.min() >= 0 and waiting.max() <= packed
@@ -321,8 +326,8 @@ def _display_packets(stream, rows, header, pictures):
         others = np.flatnonzero(types != 2)                     # 2: a B-frame
         # An I- or P-frame is shown just before the next one, the last one at the end.
         display[others] = np.append(display[others[1:]], 2 * len(types)) - 1
-        # While a picture waits, skipping would hit that of another packet. And a packed file is
-        # decoded from packet 0 alone, which announces the packing: so in the listing, in place.
+        # While a picture waits, the decoder works on that of another packet: nothing is skipped.
+        # Only packet 0 announces the packing: decoding can start at no other (changes the listing).
         skippable = 1 - waiting
         key[1:] *= not waiting.any()
     return one_to_one, display, skippable, times
@@ -335,14 +340,14 @@ def _order_packets(path, stream, rows, header, pictures):
     one_to_one, display, skippable, times = _display_packets(stream, rows, header, pictures)
     regular = one_to_one and key[0]
     shown = np.flatnonzero(hidden == 0)
-    order = shown[:0]
+    order = np.empty(0, np.int64)
     if regular and display is not None:
         order = shown[np.argsort(display[shown])]
         # No two at the same time, and none before the first key frame.
         regular = np.diff(np.sort(display)).all() and (display[shown] >= display[0]).all()
-    if not regular:                                             # _decode numbers the frames
+    if not regular:             # frame.pts is the number of its packet: see _decode
         shown = np.array([frame.pts for frame in _decode_all(path, len(pts))], np.int64)
-        order = shown[:0]
+        order = np.empty(0, np.int64)
     ticks = np.sort(times[shown])
     unit = float(stream.time_base)
     if NO_TIME in ticks:
@@ -484,7 +489,7 @@ def _orientation(frame):
 
 
 def _draw_boxes(rgb, boxes):
-    """A copy of (h, w, 3) uint8, each box washed with its colour (alpha 0.3) and framed (3 px).
+    """A copy of (h, w, 3) uint8, each box tinted with its colour (alpha 0.3), its border 3 px.
 
     Source: VCR in MERLOT and the released code.
     """
@@ -497,9 +502,9 @@ def _draw_boxes(rgb, boxes):
         left, top, right, bottom = corners.round().astype(int)
         inside = rgb[top:bottom, left:right]    # both are views: all is painted, then the middle
         middle = inside[3:-3, 3:-3]
-        washed = 0.7 * middle + 0.3 * color
+        tinted = 0.7 * middle + 0.3 * color
         inside[:] = color.round()
-        middle[:] = washed.round()
+        middle[:] = tinted.round()
     return rgb
 
 
@@ -598,7 +603,7 @@ def _demux_file(path):
 
 
 def _listing_file(path, folder):
-    """Where a listing is kept. Another size or time of change of the file gives another name."""
+    """Where a listing is kept. The name depends on the file's path, size and time of change."""
     state = os.stat(path)
     key = repr((os.path.abspath(path), state.st_size, state.st_mtime_ns, av.__version__))
     return os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:32] + ".npz")
@@ -741,14 +746,15 @@ BENCHMARKS = {
         **LINEAR, dataset="k400", lr=3e-4, frames=8, answers=400, rows={"test": 19906},
         chance=1 / 400, rerun="52.3", paper="50.8"),
 }
-# The recipe for your own data, and the benchmark of train.py --task without --data.
-OWN = {"vqa": "msrvtt-qa", "choice": "tgif-action", "vcr": "vcr", "retrieval": "msrvtt",
-       "pretrain": "webvid", "action": "hmdb51"}
+# Of each task: the benchmark whose recipe your own data has, and that train.py runs without --data.
+BENCHMARK_OF = {"vqa": "msrvtt-qa", "choice": "tgif-action", "vcr": "vcr", "retrieval": "msrvtt",
+                "pretrain": "webvid", "action": "hmdb51"}
 
 # ---- the manifest --------------------------------------------------------------------------------
 # All data is a folder: train.jsonl, val.jsonl, test.jsonl with one row a line; answers.txt where
 # answers come from a closed list; dataset.json if tools/prepare.py wrote it. A row has a "video",
-# a path below "root" of dataset.json or else below the folder, perhaps an "id", and one of
+# an absolute path or one below "root" of dataset.json, else below the folder; perhaps an "id"; and
+# one of
 #     question, answer                                    vqa
 #     options, answer (a number), perhaps question        choice, vcr
 #     caption or captions                                 retrieval, pretrain
@@ -790,8 +796,8 @@ def has_split(folder, split):
 
 
 class Manifest:
-    """The rows of one split, read from the disk when they are asked for. Memory: 8 bytes a row,
-    which all workers share."""
+    """The rows of one split, a sequence; each is read from the disk when it is asked for. Memory:
+    8 bytes a row, which all workers share."""
 
     def __init__(self, folder, split):
         info = manifest_info(folder)
@@ -807,7 +813,7 @@ class Manifest:
             for i in range(len(self)):
                 if row_task(self[i]) != task:
                     raise UserError(f"{self.path}, row {i + 1}: its fields are not those of row 1, "
-                                    f"which is for {task}; make another folder of it")
+                                    f"which is for {task}; put other rows into another folder")
 
     def __len__(self):
         return len(self.offsets)
@@ -877,7 +883,7 @@ def check_row(row):
     if not isinstance(row, dict) or not row.keys() <= ROW_FIELDS:
         raise ValueError(f"a row is an object with fields out of {', '.join(sorted(ROW_FIELDS))}")
     if not is_text(row.get("video")) or ".." in row["video"].split("/"):
-        raise ValueError("video must be a path without '..'")
+        raise ValueError("video must be a path without '..', relative or absolute")
     task = row_task(row)
     if task == "action":
         good = type(row["label"]) is int and 0 <= row["label"] < MAX_LABEL
@@ -939,7 +945,7 @@ def benchmark_of(folder, task=None):
         if task is None:
             split = "train" if has_split(folder, "train") else "test"
             task = row_task(Manifest(folder, split)[0])
-        return os.path.basename(os.path.abspath(folder)), BENCHMARKS[OWN[task]]
+        return os.path.basename(os.path.abspath(folder)), BENCHMARKS[BENCHMARK_OF[task]]
     if task not in (None, BENCHMARKS[name].task):
         raise UserError(f"{folder} is for --task {BENCHMARKS[name].task}, not {task}")
     return name, BENCHMARKS[name]
@@ -1108,7 +1114,7 @@ class InputSpec:
     config: Config
     tokenizer: Tokenizer
     answers: list                   # the closed list, for vqa and action
-    drawn: int = 0                  # captions of other clips, for retrieval with --vtm
+    negatives: int = 0              # captions of other clips, for retrieval with --vtm
     mask_share: float = MASK_SHARE  # of the words, in pre-training
 
     @property
@@ -1134,6 +1140,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.class_of = {answer: n for n, answer in enumerate(spec.answers)}
         self.listings = os.path.join(folder, "listings")
         task = spec.benchmark.task
+        # Rows of VCR look like those of choice, rows of pre-training like those of retrieval.
         needed = {"vcr": "choice", "pretrain": "retrieval"}.get(task, task)
         if row_task(self.rows[0]) != needed:
             raise UserError(f"{self.rows.path}: its rows are for {row_task(self.rows[0])}, not for "
@@ -1146,19 +1153,20 @@ class VideoTextDataset(torch.utils.data.Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index)) if self.train else None
         errors = {}
-        tries = 100 if self.train else 1        # 100 in a row: the disk is gone
+        tries = 100 if self.train else 1        # if 100 clips fail, the disk is probably gone
         for i in range(index, index + tries):
             number = i % len(self)
             row = self.rows[number]
             try:
-                frames = self.frames(row, rng)
+                frames = self.load_frames(row, rng)
             except VideoError as error:
                 errors[row["id"]] = str(error)
                 continue
-            return {"index": number, "frames": frames, "errors": errors, **self.text(row, rng)}
+            return {"index": number, "frames": frames, "errors": errors,
+                    **self.load_texts(row, rng)}
         return {"index": index, "errors": errors}
 
-    def frames(self, row, rng):
+    def load_frames(self, row, rng):
         """(T, 3, R, R) uint8, or (views, T, 3, R, R) in evaluation with several views."""
         spec = self.spec
         views = self.views
@@ -1169,8 +1177,8 @@ class VideoTextDataset(torch.utils.data.Dataset):
                              listings=self.listings)
         return frames.unflatten(0, (views, spec.frames)) if views > 1 else frames
 
-    def text(self, row, rng):
-        """{"texts": a list of token lists, "target"}, and what else the task wants."""
+    def load_texts(self, row, rng):
+        """{"texts": a list of token lists, "target"}, and what else the task needs."""
         spec = self.spec
         task = spec.benchmark.task
         L = spec.config.text_length
@@ -1186,7 +1194,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         if task == "retrieval":
             captions = [draw(captions_of(row), rng)]
             if self.train:
-                captions += [self.other_caption(row, rng) for _ in range(spec.drawn)]
+                captions += [self.other_caption(row, rng) for _ in range(spec.negatives)]
             return {"texts": [encode(caption, L) for caption in captions], "target": 0}
         if task == "pretrain":
             return self.pretrain_text(row, rng)
@@ -1256,26 +1264,27 @@ class MixedDataset(torch.utils.data.Dataset):
 
 
 class BatchSampler(torch.utils.data.Sampler):
-    """Endless batches of (part, epoch, index) for one process: a pure function of its arguments,
-    so that any step can be reached again.
+    """Endless lists of (part, epoch, index) for one process, `accum` micro-batches for each step:
+    a pure function of its arguments, so that any step can be reached again.
 
     lengths: rows of each dataset. A batch is of one dataset, as clips of several may differ in
     their number of frames. It is cut into accum * world equal pieces; process `rank` takes every
     world-th. The last, short batch of an epoch is left out.
     """
 
-    def __init__(self, lengths, batch, seed, accum=1, rank=0, world=1, start=0):
+    def __init__(self, lengths, batch, seed, accum=1, rank=0, world=1,
+                 first_step=0):
         self.lengths = lengths
         self.batch = batch
         self.seed = seed
         self.pieces = accum * world
         self.rank = rank
         self.world = world
-        self.start = start              # step
+        self.first_step = first_step
         self.steps_per_epoch = sum(length // batch for length in lengths)
 
     def __iter__(self):
-        epoch, first = divmod(self.start, self.steps_per_epoch)
+        epoch, first = divmod(self.first_step, self.steps_per_epoch)
         while True:
             rng = np.random.default_rng((self.seed, epoch))
             batches = []                                    # (part, row numbers)
@@ -1338,7 +1347,7 @@ def make_loader(dataset, batches, workers, pad):
     try:
         yield from loader
     except (RuntimeError, UserError) as error:
-        traceback.clear_frames(error.__traceback__)         # they would keep the workers alive
+        traceback.clear_frames(error.__traceback__)         # its frames keep the workers alive
         cause = str(error).strip().splitlines()[-1]         # the last line of a worker's traceback
         if isinstance(error, UserError):
             raise UserError(cause.removeprefix("allinone.UserError: ")) from None

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (ACTION, BENCHMARKS, OWN, InputSpec, Manifest, Tokenizer, VideoTextDataset,
-                  benchmark_of, check_shared_memory, collate, frame_indices, has_split, make_loader,
-                  manifest_info, read_answers, read_frames)
+from data import (ACTION, BENCHMARK_OF, BENCHMARKS, InputSpec, Manifest, Tokenizer,
+                  VideoTextDataset, benchmark_of, check_shared_memory, collate, frame_indices,
+                  has_split, make_loader, manifest_info, read_answers, read_frames)
 
 # ---- metrics -------------------------------------------------------------------------------------
 
@@ -62,11 +62,12 @@ def recalls(rank, candidates, direction):
 
 def answer_scores(model, batch):
     """(B, answers), over the answer list."""
-    return model.task_heads["answer"](read_texts(model, batch))
+    return model.task_heads["answer"](read_pairs(model, batch))
 
 
-def read_texts(model, batch):
-    """Read every clip with each of its A texts, input_ids (B, A, L). -> pooled (B * A, D)."""
+def read_pairs(model, batch):
+    """The joint model on each clip with each of its A texts, input_ids (B, A, L).
+    -> pooled (B * A, D)."""
     ids = batch["input_ids"]
     mask = batch["attention_mask"]
     video = model.embed_frames(batch["frames"]).repeat_interleave(ids.shape[1], dim=0)
@@ -75,7 +76,7 @@ def read_texts(model, batch):
 
 def option_scores(model, batch, heads):
     """(B, A) over the options. heads: one name, or two for VCR: the second is for QA->R."""
-    pooled = read_texts(model, batch)
+    pooled = read_pairs(model, batch)
     B, A, _ = batch["input_ids"].shape
     scores = text_score(model, pooled, heads[0]).view(B, A)
     if len(heads) == 2:
@@ -86,15 +87,15 @@ def option_scores(model, batch, heads):
 
 
 def text_score(model, pooled, head):
-    """How well a text fits its clip, a number for each row of pooled: by this head, or zero-shot by
-    row 1 of matching, where rank heads start."""
+    """How well each text fits its clip, a number for each row of pooled: by this head; if the model
+    lacks it, by row 1 of matching, where rank heads start (zero-shot)."""
     name = head if head in model.task_heads else "matching"
     return model.task_heads[name](pooled)[:, -1]            # the one column, or matching's column 1
 
 
 def pretrain_scores(model, batch):
-    """(match (B, 2), words (M, V)): does the first text belong to the clip; what are the M masked
-    words of the second?"""
+    """(match, words): match (B, 2), scores of "the first text belongs to the clip"; words (M, V),
+    scores of the M masked words of the second text."""
     ids = batch["input_ids"]
     mask = batch["attention_mask"]
     L = ids.shape[2]
@@ -242,16 +243,17 @@ def evaluate_answers(model, dataset, benchmark, answers, settings, zero_shot):
             scores = class_scores(model, batch, class_texts)
         else:
             scores = answer_scores(model, batch)
+        # topk before softmax: a probability that rounds to 0 would tie with an absent option.
         best, choices = scores.float().topk(min(TOP, scores.shape[1]))
-        shares = (best - scores.float().logsumexp(-1, keepdim=True)).exp()
-        missing = TOP - shares.shape[1]                     # batches may differ in their options
-        return {"shares": F.pad(shares, (0, missing)), "choices": F.pad(choices, (0, missing))}
+        probs = (best - scores.float().logsumexp(-1, keepdim=True)).exp()
+        missing = TOP - probs.shape[1]                     # batches may differ in their options
+        return {"probs": F.pad(probs, (0, missing)), "choices": F.pad(choices, (0, missing))}
 
     results = predict(model, dataset, score_batch, settings)
     best = {}                                   # by row; a row whose clip cannot be read has none
     for n, i in enumerate(results["index"].tolist()):
         choices = results["choices"][n].int().tolist()
-        best[i] = list(zip(choices, results["shares"][n].tolist()))
+        best[i] = list(zip(choices, results["probs"][n].tolist()))
     records = []
     for i in range(len(dataset)):
         records.append(answer_record(dataset.rows[i], answers, best.get(i, [])))
@@ -269,7 +271,7 @@ def evaluate_answers(model, dataset, benchmark, answers, settings, zero_shot):
 def answer_record(row, answers, best):
     """The record of a row. best: (number, probability) of the best answers, options or classes."""
     names = row.get("options", answers)
-    top = [(names[number], round(share, 6)) for number, share in best[:len(names)]]
+    top = [(names[number], round(prob, 6)) for number, prob in best[:len(names)]]
     prediction, score = top[0] if top else (None, 0.0)
     truth = row["answer"] if "answer" in row else row["label"]
     if isinstance(truth, int):                  # options may repeat a text: the number decides
@@ -343,21 +345,21 @@ def clip_name(row):
 
 
 def evaluate_pretrain(model, dataset, settings):
-    """Is the match judged rightly, and are the masked words filled in rightly?"""
+    """Accuracy of matching, and of the masked words."""
     def score_batch(model, batch):
         scores, words = pretrain_scores(model, batch)
         match = scores.argmax(-1) == batch["target"]
         B, _, L = batch["input_ids"].shape
         row = batch["masked"] // L
-        right = torch.bincount(row[words.argmax(-1) == batch["labels"]], minlength=B)
+        correct = torch.bincount(row[words.argmax(-1) == batch["labels"]], minlength=B)
         asked = torch.bincount(row, minlength=B)
         # scores only because predict() refuses those that are not finite
-        return {"scores": scores, "match": match, "right": right, "asked": asked}
+        return {"scores": scores, "match": match, "correct": correct, "asked": asked}
 
     results = predict(model, dataset, score_batch, settings)
     matching = 100 * results["match"].sum().item() / len(dataset)
     # Over the rows that can be read: the masked words of the others are unknown.
-    mlm = 100 * results["right"].sum().item() / max(1, results["asked"].sum().item())
+    mlm = 100 * results["correct"].sum().item() / max(1, results["asked"].sum().item())
     return {"matching + MLM accuracy": (matching + mlm) / 2, "matching accuracy": matching,
             "MLM accuracy": mlm}
 
@@ -383,14 +385,15 @@ def baselines(records, folder, task, answers):
     table = []
     everything = []
     for kind, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        # An unknown type: all training answers; without a train split: the answer list.
+        # A type that training lacks has the answers of all types, a folder without a train split
+        # those of the answer list.
         known = counts.get(kind) or counts.get(None) or Counter(answers)
-        usual = max(known, key=known.get, default=None)
+        majority = max(known, key=known.get, default=None)
         figures = []
         for record in group:
             figures.append({"accuracy": record["correct"],
                             "chance": 1 / (record["options"] or len(known)),
-                            "majority": record["truth"] == usual,
+                            "majority": record["truth"] == majority,
                             "order-blind": ceilings.get(kind, 1.0)})
         table.append(table_line(kind, figures, counts, ceilings))
         everything += figures
@@ -412,8 +415,7 @@ def table_line(name, figures, counts, ceilings):
 def count_by_type(rows, answers):
     """{question type, None for all: Counter of the training answers}"""
     counts = defaultdict(Counter)
-    for i in range(len(rows)):
-        row = rows[i]
+    for row in rows:
         answer = answer_record(row, answers, [])["truth"]
         counts[row.get("question_type", "")][answer] += 1
         counts[None][answer] += 1
@@ -466,7 +468,8 @@ def list_benchmarks():
 def evaluate_folder(model, checkpoint, folder, split, settings):
     """Evaluate a checkpoint on one folder and print the figures.
     Returns (metrics, table, records) of evaluate() and baselines()."""
-    # Captions are for retrieval or for pre-training: of its own data, a checkpoint knows which.
+    # Captions fit retrieval and pre-training. A checkpoint knows which of them for the folders that
+    # it was trained on.
     trained_on = os.path.abspath(folder) in checkpoint.get("data", [])
     name, benchmark = benchmark_of(folder, checkpoint["task"] if trained_on else None)
     answers = checkpoint["answers"]
@@ -515,8 +518,8 @@ def ask(model, checkpoint, path, question, options, captions, amp):
     likely each caption is to belong to it."""
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     L = model.config.text_length
-    task = checkpoint.get("task", "choice")                 # converted weights name none
-    recipe = BENCHMARKS.get(checkpoint["name"], BENCHMARKS[OWN[task]])
+    task = checkpoint.get("task", "choice")                 # converted weights have no task
+    recipe = BENCHMARKS.get(checkpoint["name"], BENCHMARKS[BENCHMARK_OF[task]])
     T = InputSpec(recipe, model.config, tokenizer, []).frames
     if captions:
         names = captions
@@ -548,20 +551,20 @@ def ask(model, checkpoint, path, question, options, captions, amp):
     batch = to_device(collate([item], tokenizer.pad), device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, amp):
         if captions:
-            shares = model.task_heads["matching"](read_texts(model, batch)).softmax(-1)[:, 1]
+            probs = model.task_heads["matching"](read_pairs(model, batch)).softmax(-1)[:, 1]
         elif options:
-            shares = option_scores(model, batch, usable[:1]).softmax(-1)[0]
+            probs = option_scores(model, batch, usable[:1]).softmax(-1)[0]
         else:
-            shares = answer_scores(model, batch).softmax(-1)[0]
-    if not torch.isfinite(shares).all():
+            probs = answer_scores(model, batch).softmax(-1)[0]
+    if not torch.isfinite(probs).all():
         raise UserError(f"the answer is not finite; {checkpoint['path']} holds bad weights")
     count = len(names) if captions or options else min(TOP, len(names))
-    best = shares.float().topk(count)
-    unit = "pictures" if os.path.isdir(path) else "seconds"
-    looked = ", ".join(f"{time:.2f}" for time in seen)
+    best = probs.float().topk(count)
+    unit, digits = ("pictures", 0) if os.path.isdir(path) else ("seconds", 2)
+    looked = ", ".join(f"{time:.{digits}f}" for time in seen)
     lines = [f"looked at {unit} {looked} of {printable(path)}"]
-    for share, n in zip(best.values.tolist(), best.indices.tolist()):
-        lines.append(f"{share:7.1%}  {printable(names[n])}")
+    for prob, n in zip(best.values.tolist(), best.indices.tolist()):
+        lines.append(f"{prob:7.1%}  {printable(names[n])}")
     known = f"{len(checkpoint['answers'])} answers, " if checkpoint["answers"] else ""
     lines.append(f"(trained on {checkpoint['name']}: {known}{len(tokenizer)} word pieces)")
     return lines

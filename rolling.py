@@ -25,8 +25,9 @@ def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
     token 1 + r * cols + c is the patch in row r and column c. Both are empty if less than one
     token would move. With "spread" they may differ by a token or two (14 x 14: 25 and 24).
     Raises ValueError for an unknown layout or fraction.
-    Differs: the released op moves the first and the last eighth, after it has shuffled the patches
-    of every frame at random, in evaluation too. "block" is the same slices without the shuffle;
+    Differs: before it moves the first and the last eighth, the released op shuffles the patches of
+    each frame at random, every frame differently, in evaluation too. "block" is the same slices
+    without the shuffle;
     "spread" covers the picture as evenly as the shuffle does, and is deterministic. With fewer than
     8 tokens an eighth is 0 tokens, and x[-0:] is all of x: the released op then moves everything,
     CLS included.
@@ -90,7 +91,7 @@ def check_groups(x, forward, backward):
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; rolling needs (B, T, N, D)")
     if torch.compiler.is_compiling() or forward.device.type != "cpu":
-        return      # torch.compile cannot read numbers, and on a GPU the CPU would wait for them
+        return      # reading values breaks torch.compile's graph, and makes the CPU wait for a GPU
     tokens = forward.tolist() + backward.tolist()
     if len(set(tokens)) < len(tokens):
         raise ValueError(f"groups {forward.tolist()} and {backward.tolist()} overlap")

@@ -1,12 +1,12 @@
 """Train All-in-one: pre-training, and fine-tuning for each task. Without --data, on the toy world.
 
     python train.py --task vqa                             a few minutes on a laptop's CPU
-    python train.py --data data/msrvtt-qa --size base --init base.pt
-    python train.py --data data/webvid,data/cc3m --size base --init vit.pt --task pretrain
+    python train.py --data data/msrvtt-qa --init base.pt
+    python train.py --data data/webvid,data/cc3m --init vit.pt --task pretrain
     torchrun --nproc_per_node=8 train.py ...               the same on 8 GPUs
 
-CUDA_VISIBLE_DEVICES= in front trains on the CPU.
-tools/prepare.py prepares a folder of data, tools/weights.py converts foreign weights.
+CUDA_VISIBLE_DEVICES= in front of the command trains on the CPU.
+tools/prepare.py prepares a folder of data, tools/weights.py converts weights of other code.
 What no flag sets comes from the recipe of the benchmark (python eval.py --list).
 """
 import argparse
@@ -34,11 +34,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (MASK_SHARE, OWN, BatchSampler, InputSpec, MixedDataset, Tokenizer,
+from data import (BENCHMARK_OF, MASK_SHARE, BatchSampler, InputSpec, MixedDataset, Tokenizer,
                   VideoTextDataset, benchmark_of, check_shared_memory, has_split, make_loader,
                   manifest_info, read_answers)
 from eval import (EvalSettings, answer_scores, embeddings, evaluate, evaluate_folder,
-                  format_metrics, option_scores, pretrain_scores, read_texts, to_device)
+                  format_metrics, option_scores, pretrain_scores, read_pairs, to_device)
 
 # ---- losses --------------------------------------------------------------------------------------
 
@@ -78,10 +78,10 @@ def contrastive_loss(text, video):
     """Cross-entropy over rows plus over columns of the cosines; text, video (B, embed) unit
     vectors. As released, both terms are added, not averaged. With --accum the negatives are those
     of one micro-batch. Differs: with several processes all their pairs are negatives."""
-    own = RANK * len(text) + torch.arange(len(text), device=text.device)
+    target = RANK * len(text) + torch.arange(len(text), device=text.device)     # its partner
     by_text = text @ gather_rows(video).T / TEMPERATURE
     by_video = video @ gather_rows(text).T / TEMPERATURE
-    return F.cross_entropy(by_text.float(), own) + F.cross_entropy(by_video.float(), own)
+    return F.cross_entropy(by_text.float(), target) + F.cross_entropy(by_video.float(), target)
 
 
 def gather_rows(x):
@@ -111,10 +111,10 @@ def retrieval_losses(model, batch):
     if "rank" not in model.task_heads:
         return losses
     B, A, _ = batch["input_ids"].shape
-    pooled = read_texts(model, batch)
+    pooled = read_pairs(model, batch)
     scores = model.task_heads["rank"](pooled).view(B, A)
     match = model.task_heads["matching"](pooled).view(B, A, 2)
-    match = match[:, :2].flatten(0, 1)                      # texts 0, its own, and 1, a drawn one
+    match = match[:, :2].flatten(0, 1)                      # the clip's own text, and a drawn one
     is_own = torch.tensor([1, 0], device=match.device).repeat(B)
     losses["rank"] = cross_entropy(scores, batch["target"])
     losses["matching"] = 0.5 * cross_entropy(match, is_own)
@@ -137,7 +137,7 @@ def pretrain_losses(model, batch):
 TOY = {"vqa": (6e-4, 16, 67_200), "choice": (6e-4, 8, 8_000), "vcr": (6e-4, 8, 8_000),
        "retrieval": (7e-4, 32, 30_000), "pretrain": (7e-4, 32, 96_000),
        "action": (6e-4, 32, 16_000)}
-TOY_MASK_SHARE = 0.5    # of its short captions: the word that order alone reveals is masked often
+TOY_MASK_SHARE = 0.5    # its captions are short: the word that order alone reveals is masked often
 
 
 class Data:
@@ -167,12 +167,12 @@ class Data:
             self.answers = read_answers(self.folders[0])
         self.config = make_config(args, init, self.benchmark, self.tokenizer, self.answers)
         self.toy = self.config.width == SIZES["toy"].width      # a checkpoint names no size
-        self.train = MixedDataset(self.open("train", args))
+        self.train = MixedDataset(self.datasets("train", args))
         self.val = []                           # your own data may have none
         if all(has_split(folder, "val") for folder in self.folders):
-            self.val = self.open("val", args)
+            self.val = self.datasets("val", args)
 
-    def open(self, split, args):
+    def datasets(self, split, args):
         datasets = []
         train = split == "train"
         mask_share = TOY_MASK_SHARE if self.toy and train else MASK_SHARE
@@ -189,9 +189,10 @@ def find_folders(args):
     if args.data:
         return [os.path.abspath(folder) for folder in args.data.split(",")]
     if args.task is None:
-        raise UserError(f"give --data FOLDER, or --task for the toy world: {', '.join(OWN)}")
+        tasks = ", ".join(BENCHMARK_OF)
+        raise UserError(f"give --data FOLDER, or --task for the toy world: {tasks}")
     from tools.toy import make_toy              # here, as it imports data.py, and only for the toy
-    name = OWN[args.task]
+    name = BENCHMARK_OF[args.task]
     if RANK == 0:
         make_toy("data/toy", [name])
     wait_for_all()
@@ -205,6 +206,8 @@ def wait_for_all():
 
 def find_tokenizer(args, init, folder):
     path = os.path.join(folder, "tokenizer.json")
+    if args.tokenizer and init:                 # other ids would give words a wrong embedding
+        raise UserError("--init brings its tokenizer; leave out --tokenizer")
     if args.tokenizer:
         return Tokenizer.load(args.tokenizer)
     if init:
@@ -297,26 +300,28 @@ def make_recipe(args, data):
     lengths = [len(part) for part in data.train.parts]
     batch = min(args.batch or usual, min(lengths) // pieces * pieces)
     if batch == 0:
-        raise UserError(f"{min(lengths)} rows are too few for {pieces} processes x --accum")
+        raise UserError(f"{min(lengths)} rows are too few for {pieces} micro-batches (processes x "
+                        "--accum)")
     if batch % pieces:
-        raise UserError(f"--batch {batch} must be a multiple of {pieces}, processes x --accum")
+        raise UserError(f"the batch, {batch}, must be a multiple of {pieces} (processes x --accum);"
+                        " give --batch")
     if batch < (args.batch or usual):
         print0(f"batch cut to {batch}: a data set has {min(lengths)} rows")
-    epoch = sum(length // batch for length in lengths)
-    steps = benchmark.steps or benchmark.epochs * epoch
+    steps_per_epoch = sum(length // batch for length in lengths)
+    steps = benchmark.steps or benchmark.epochs * steps_per_epoch
     if data.toy:                                # its manifests may ask for fewer clips
         clips = manifest_info(data.folders[0]).get("toy_clips", clips)
-        steps = min(clips, 100 * sum(lengths)) // batch
+        steps = min(clips, 100 * sum(lengths)) // batch         # at most 100 epochs
     steps = args.steps or max(1, steps)
-    warmup = min(warmup or steps, round(0.1 * steps))       # also of a shortened run
-    recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup, epoch)
-    print0(f"recipe: batch {batch}, {steps} steps of which {epoch} are an epoch, lr {recipe.lr:g} "
-           f"(task heads x {head_lr:g}), warm-up {recipe.warmup} steps")
+    warmup = min(warmup or steps, round(0.1 * steps))       # a tenth, also where --steps shortens
+    recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup, steps_per_epoch)
+    print0(f"recipe: batch {batch}, {steps} steps of which {steps_per_epoch} are an epoch, lr "
+           f"{recipe.lr:g} (task heads x {head_lr:g}), warm-up {recipe.warmup} steps")
     if args.batch and batch < usual <= min(lengths):
         # The usual batches are powers of 2, and --accum must divide them.
         accum = 2 ** math.ceil(math.log2(args.accum * usual / batch))
-        print0(f"the usual batch is {usual}; --batch {usual} --accum {accum} keeps it in the same "
-               "memory")
+        print0(f"the usual batch is {usual}; --batch {usual} --accum {accum} trains with it in the "
+               "same memory")
     return recipe
 
 
@@ -353,6 +358,7 @@ class RunFolder:
     def __init__(self, folder, settings, resume):
         """Make the folder, or find it with the same settings. self.last is its last checkpoint."""
         self.folder = folder
+        # logged: bytes of metrics.jsonl
         self.last = {"step": 0, "best": -math.inf, "bad": [], "logged": 0}
         if RANK == 0:
             self.claim(settings, resume)
@@ -445,13 +451,13 @@ class RunFolder:
 
 
 def run_settings(args, data, recipe):
-    """What must be equal for a resumed run to be the same run. Threads too: their number changes
-    the order of additions."""
+    """What must be equal for a resumed run to be the same run. On a CPU threads too: their number
+    changes the order of additions."""
     return {"names": data.names, "rows": [part.rows.crc for part in data.train.parts],
             "model": asdict(data.config), "recipe": asdict(recipe), "init": args.init,
             "accum": args.accum, "processes": WORLD,
-            "threads": torch.get_num_threads(), "seed": args.seed, "amp": args.amp,
-            "contrast": args.contrast, "vtm": data.vtm,
+            "threads": None if torch.cuda.is_available() else torch.get_num_threads(),
+            "seed": args.seed, "amp": args.amp, "contrast": args.contrast, "vtm": data.vtm,
             "answer list": zlib.crc32("\n".join(data.answers).encode()),
             "tokenizer": zlib.crc32(data.tokenizer.to_json().encode())}
 
@@ -476,7 +482,7 @@ class StopSignal:
     def ask(self, number, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)    # a second Ctrl-C ends at once
         if RANK > 0:
-            # The first process saves and ends; the next gather here fails: no traceback of that.
+            # The first process saves and ends; then the next gather here fails: hide its traceback.
             sys.excepthook = lambda *details: None
             return
         os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
@@ -499,8 +505,8 @@ class StopSignal:
 
 
 class BadClips:
-    """Training goes on without a few clips: 1 % of the rows, of a small set 10 % up to 10 rows. All
-    are written to bad.txt, the first is printed."""
+    """Training goes on without a few clips: up to 10 rows, but no more than 10 % of them; of 1,000
+    rows or more up to 1 %. All are written to bad.txt, the first is printed."""
 
     def __init__(self, run, rows):
         self.run = run
@@ -589,13 +595,14 @@ def loop(args, data, recipe, model, optimizer, run, settings):
     started = time.perf_counter()
     first_step = step
     waited = 0.0                                # seconds, for data
+    log_every = math.ceil(recipe.steps / 40)
+    validate_every = max(recipe.steps_per_epoch, math.ceil(recipe.steps / 20))
     bar = progress(None, "training", total=recipe.steps - step)
     model.train()
     while step < recipe.steps:
         final = step + 1 == recipe.steps
-        log_now = final or (step + 1) % math.ceil(recipe.steps / 40) == 0       # 40 times at most
-        rarely = math.ceil(recipe.steps / 20)
-        validate_now = final or (step + 1) % max(recipe.steps_per_epoch, rarely) == 0
+        log_now = final or (step + 1) % log_every == 0
+        validate_now = final or (step + 1) % validate_every == 0
         seed_step(args.seed, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, recipe)
@@ -708,7 +715,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("data").add_argument
-    add("--task", choices=OWN, help="what to train (default: what --data is for)")
+    add("--task", choices=BENCHMARK_OF, help="what to train (default: what --data is for)")
     add("--data", metavar="FOLDER", help="a prepared folder; for pre-training several, with "
          "commas (default: the toy world, made in data/toy)")
     add("--tokenizer", metavar="FILE", help="tokenizer.json, vocab.txt or hub name (default: that "
@@ -720,7 +727,8 @@ def arguments():
     add("--init", metavar="RUN", help="a run folder or a checkpoint to start from (default: "
         "random weights)")
     add("--frames", type=int, help="T, frames of a clip (default: the recipe's)")
-    add("--roll", choices=("spread", "block", "none"), help="which tokens roll (default: spread)")
+    add("--roll", choices=("spread", "block", "none"), help="which tokens roll (default: "
+        "that of --init, else spread)")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other fields of the model: "
         + ", ".join(SETTABLE))
     add = parser.add_argument_group("recipe").add_argument
@@ -759,7 +767,7 @@ def main():
     init = load_run(args.init) if args.init else None
     data = Data(args, init)
     if data.toy:
-        torch.set_num_threads(1)                # its matrices are too small to share
+        torch.set_num_threads(1)                # its matrices are too small to split over threads
     recipe = make_recipe(args, data)
     model = make_model(args, init, data).to(device)
     frames = max(part.spec.frames for part in data.train.parts)
@@ -768,8 +776,9 @@ def main():
     optimizer = make_optimizer(model, recipe)
     run = RunFolder(args.out or default_folder(args, data), run_settings(args, data, recipe),
                     args.resume)
-    # No larger batch than in training, as memory may be short.
-    settings = EvalSettings(min(recipe.batch, 64), args.workers, args.amp, allow_missing=True)
+    # No larger batch than a micro-batch of training, as memory may be short.
+    micro_batch = recipe.batch // (args.accum * WORLD)
+    settings = EvalSettings(min(micro_batch, 64), args.workers, args.amp, allow_missing=True)
     start = time.perf_counter()
     loop(args, data, recipe, model, optimizer, run, settings)
     figures = test(run, data, settings, device)

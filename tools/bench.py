@@ -392,7 +392,7 @@ def write_manifest(folder, rows):
 class NoVideo(VideoTextDataset):
     """Rows and texts are read, clips are not."""
 
-    def frames(self, row, rng):
+    def load_frames(self, row, rng):
         return torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
 
 

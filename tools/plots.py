@@ -315,7 +315,7 @@ def draw_sheet(folder, split, count):
             chosen.setdefault(row["video"], row)
     figure = new_figure(1.2 * len(chosen))
     for n, row in enumerate(chosen.values(), 1):
-        frames = F.pad(dataset.frames(row, None), (0, 4), value=255)    # a gap
+        frames = F.pad(dataset.load_frames(row, None), (0, 4), value=255)    # a gap
         axes = figure.add_subplot(len(chosen), 1, n, anchor="W")
         axes.imshow(torch.cat([*frames], dim=2).permute(1, 2, 0).numpy())
         axes.axis("off")

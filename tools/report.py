@@ -106,7 +106,7 @@ def retrieval_item(dataset, row, record, first_row, pictures):
     """A caption, and the middle frames of the clips that were found."""
     shown = []
     for video, _ in record["top"]:
-        frames = dataset.frames(dataset.rows[first_row[video]], None)
+        frames = dataset.load_frames(dataset.rows[first_row[video]], None)
         shown.append(picture_number(pictures, frames[len(frames) // 2]))
     return {"text": captions_of(row)[0], "shown": shown}
 
@@ -115,7 +115,7 @@ def answer_item(model, dataset, row, record, frames):
     """A question, and for each word of the text that was read where it attends: bytes, 255 for the
     most of a word in a block. Of several options, the text is that of the chosen one."""
     tokenizer = dataset.spec.tokenizer
-    texts = dataset.text(row, None)["texts"]
+    texts = dataset.load_texts(row, None)["texts"]
     input_ids = texts[0]
     if "options" in row:
         input_ids = texts[row["options"].index(record["prediction"])]
@@ -148,7 +148,7 @@ def page_data(model, checkpoint, folder, split, count, settings):
     items = []
     for i in choose(records, count):
         row = dataset.rows[i]
-        frames = dataset.frames(row, None)                              # (T, 3, R, R)
+        frames = dataset.load_frames(row, None)                              # (T, 3, R, R)
         numbers = [picture_number(pictures, frame) for frame in frames]
         if retrieval:
             item = retrieval_item(dataset, row, records[i], first_row, pictures)
