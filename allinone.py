@@ -349,18 +349,20 @@ def init_released(model):
     """Initial weights as released: normal with std 0.02; time embeddings and biases 0.
     Differs: the released patch convolution keeps PyTorch's default (std 0.0208 at base)."""
     init_weights(model, std=0.02)
+    nn.init.zeros_(model.time_embed)
 
 
 def init_narrow(model):
     """For the toy size: std 1 / sqrt(fan-in) for matrices, 1 for embedding tables. A model 96 wide
     does not learn from std 0.02 within minutes: its residual branches add next to nothing at the
-    start."""
+    start. With time embeddings of std 1 it learns late to compare frames, with 0 which comes last.
+    """
     init_weights(model, std=None)
+    nn.init.normal_(model.time_embed, std=0.5)
 
 
 def init_weights(model, std):
-    """Normal with this std; None: 1 / sqrt(fan-in) for matrices, 1 for embedding tables.
-    Time embeddings start at 0: random ones delay the moment when a model learns to compare frames.
+    """Normal with this std; None: 1 / sqrt(fan-in) for matrices, 1 for embedding tables. Biases 0.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -370,7 +372,6 @@ def init_weights(model, std):
     for table in (model.text_embed.weight, model.text_pos, model.text_segment, model.cls_token,
                   model.modality_embed, model.pos_embed):
         nn.init.normal_(table, std=std or 1.0)
-    nn.init.zeros_(model.time_embed)
     state = model.state_dict()
     for head in ("rank", "rank2"):
         if "matching" in model.task_heads and head in model.task_heads:

@@ -404,17 +404,17 @@ def test_drop_path_leaves_out_whole_frames():
 # ---- allinone: how weights start -----------------------------------------------------------------
 
 
-@cases("init, std, power", [
-    (init_released, 0.02, 0),
-    (init_narrow, 1, -0.5)])
-def test_statistics_of_the_start(init, std, power):
-    """Tables have this std, matrices std * fan_in ** power, time embeddings 0."""
+@cases("init, time, std, power", [
+    (init_released, 0, 0.02, 0),
+    (init_narrow, 0.5, 1, -0.5)])
+def test_statistics_of_the_start(init, time, std, power):
+    """Tables have this std, matrices std * fan_in ** power."""
     model = AllInOne(replace(SMALL, width=256), ("matching", "mlm", "contrast"))
     init(model)
     for name, p in model.named_parameters():
         want = std
         if name == "time_embed":
-            want = 0
+            want = time
         elif p.dim() == 1 and name != "cls_token":      # biases, LayerNorms
             want = 0
             assert p[0] == name.endswith("weight"), name

@@ -200,7 +200,6 @@ def embed_with_time():
     config = SIZES["toy"]
     model = AllInOne(config)
     init_narrow(model)
-    torch.nn.init.normal_(model.time_embed)                 # as if trained; they start at 0
     for T in (2, 3):
         frames = torch.randint(256, (2, T, 3, config.image, config.image), dtype=torch.uint8)
         expected = model.embed_frames(frames)
