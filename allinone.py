@@ -355,15 +355,14 @@ def init_released(model):
 def init_narrow(model):
     """For the toy size: std 1 / sqrt(fan-in) for matrices, 1 for embedding tables. A model 96 wide
     does not learn from std 0.02 within minutes: its residual branches add next to nothing at the
-    start. With time embeddings of std 1 it learns late to compare frames, with 0 which comes last.
-    """
+    start. Time embeddings start with std 0.5: with 1 the model learns late to compare two frames,
+    with 0 it learns late which frame is the last."""
     init_weights(model, std=None)
     nn.init.normal_(model.time_embed, std=0.5)
 
 
 def init_weights(model, std):
-    """Normal with this std; None: 1 / sqrt(fan-in) for matrices, 1 for embedding tables. Biases 0.
-    """
+    """Normal with this std; None: 1 / sqrt(fan-in) for matrices, 1 for embedding tables."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()

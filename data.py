@@ -1272,8 +1272,7 @@ class BatchSampler(torch.utils.data.Sampler):
     world-th. The last, short batch of an epoch is left out.
     """
 
-    def __init__(self, lengths, batch, seed, accum=1, rank=0, world=1,
-                 first_step=0):
+    def __init__(self, lengths, batch, seed, accum=1, rank=0, world=1, first_step=0):
         self.lengths = lengths
         self.batch = batch
         self.seed = seed

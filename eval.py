@@ -246,7 +246,7 @@ def evaluate_answers(model, dataset, benchmark, answers, settings, zero_shot):
         # topk before softmax: a probability that rounds to 0 would tie with an absent option.
         best, choices = scores.float().topk(min(TOP, scores.shape[1]))
         probs = (best - scores.float().logsumexp(-1, keepdim=True)).exp()
-        missing = TOP - probs.shape[1]                     # batches may differ in their options
+        missing = TOP - probs.shape[1]                      # batches may differ in their options
         return {"probs": F.pad(probs, (0, missing)), "choices": F.pad(choices, (0, missing))}
 
     results = predict(model, dataset, score_batch, settings)

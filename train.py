@@ -313,7 +313,7 @@ def make_recipe(args, data):
         clips = manifest_info(data.folders[0]).get("toy_clips", clips)
         steps = min(clips, 100 * sum(lengths)) // batch         # at most 100 epochs
     steps = args.steps or max(1, steps)
-    warmup = min(warmup or steps, round(0.1 * steps))       # a tenth, also where --steps shortens
+    warmup = min(warmup or steps, round(0.1 * steps))       # at most a tenth of the steps
     recipe = Recipe(batch, args.lr or lr, head_lr, steps, warmup, steps_per_epoch)
     print0(f"recipe: batch {batch}, {steps} steps of which {steps_per_epoch} are an epoch, lr "
            f"{recipe.lr:g} (task heads x {head_lr:g}), warm-up {recipe.warmup} steps")
