@@ -28,7 +28,7 @@ for seed in $(seq 0 $((${SEEDS:-1} - 1))); do
     for frames in 2 5; do
         python train.py $way --frames $frames --out runs/which-way-T$frames-s$seed
     done
-    python docs/random_order.py $way --out runs/which-way-random-s$seed
+    python tools/random_order.py $way --out runs/which-way-random-s$seed
 done
 python eval.py runs/webvid-toy-spread-s0 --data data/toy/msrvtt-mc
 python train.py --data data/toy/cc3m --init runs/webvid-toy-spread-s0

@@ -39,7 +39,7 @@ from data import (BENCHMARKS, Manifest, manifest_info, pick_frames, read_answers
 from eval import EvalSettings
 from rolling import roll_groups, roll_loop
 from test_allinone import Bomb, cases, one_line, read_rows, shared, table
-from tools import bench, prepare as tool, report, search, toy, weights
+from tools import bench, prepare as tool, random_order, report, search, toy, weights
 from tools.prepare import DataRoot, GIVEN, hold_out, prepare, read_all, READERS, stem
 from tools.toy import encode_picture, make_clip, make_toy
 from tools.weights import convert, our_name
@@ -2031,3 +2031,15 @@ def test_python_in_the_readme_prints_what_the_answers_state(run_script):
     for question, answer in zip(questions, answers):
         write({"question.py": question})
         assert run_script("question.py") == (0, answer, "")
+
+
+# ---- random_order --------------------------------------------------------------------------------
+
+
+def test_random_order_rolls_patches_alone():
+    """Of 9 words and CLS none, of 16 patches as many as the groups have."""
+    frame_of = torch.arange(3).view(1, 3, 1, 1).expand(1, 3, 26, 1)
+    groups = roll_groups(4, 4, 1 / 2)
+    moved = random_order.roll_random(frame_of, *groups) != frame_of
+    assert not moved[:, :, :10].any()
+    assert moved.sum() == 3 * 8

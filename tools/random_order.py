@@ -1,0 +1,29 @@
+"""An ablation for the toy size: the patches that roll are drawn anew for every block and batch, in
+evaluation too, as in the released code, which shuffles them and rolls the first and the last.
+Differs: one draw for all frames; the released code draws for each frame.
+
+    python tools/random_order.py --task vqa --data data/toy/which-way --out runs/random-order-s0
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import allinone
+import torch
+import train
+from rolling import roll_tokens
+
+
+def roll_random(x, forward, backward):
+    """roll_tokens with groups of the same sizes, drawn among the patches. x (B, T, S, D)."""
+    patches = allinone.SIZES["toy"].grid ** 2
+    first = x.shape[2] - patches                # words and CLS come before
+    order = first + torch.randperm(patches)
+    backward = order[len(forward):len(forward) + len(backward)]
+    return roll_tokens(x, order[:len(forward)], backward)
+
+
+if __name__ == "__main__":
+    allinone.roll_tokens = roll_random
+    allinone.run_main("random_order.py", train.main)
