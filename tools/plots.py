@@ -117,8 +117,9 @@ def draw_curves(folders):
 def figures_of(test):
     """{metric or question type: {"accuracy", and baselines where they are known}}, in percent."""
     figures = {name: {"accuracy": value} for name, value in test["metrics"].items()}
+    over_all = "accuracy" if "accuracy" in figures else next(iter(figures))     # R@1
     for row in test["table"]:
-        figures["accuracy" if row["type"] == "all" else row["type"]] = row
+        figures[over_all if row["type"] == "all" else row["type"]] = row
     if "Q->AR" in figures:
         figures["Q->AR"]["chance"] = 100 / 16               # two questions with four options each
     return figures
@@ -126,7 +127,7 @@ def figures_of(test):
 
 def group_runs(folders):
     """{(n, benchmark, its n-th figure, settings): {seed: a value of figures_of}}. settings: pairs
-    of texts, without the seed, also in the path of --init."""
+    of texts, without the seed; in the path of --init also without the layout."""
     groups = defaultdict(dict)
     for folder in sorted(folders):
         config, _, test = read_run(folder)
@@ -134,7 +135,9 @@ def group_runs(folders):
             print(printable(f"{folder} has no test figures and is left out"), file=sys.stderr)
         config |= config.pop("model") | config.pop("recipe")
         seed = config.pop("seed")
-        config["init"] = re.sub(rf"\bs{seed}\b", "sSEED", config["init"] or "-")
+        init = (config["init"] or "-").removeprefix("runs/")
+        init = re.sub(rf"\bs{seed}\b", "sSEED", init)
+        config["init"] = re.sub(rf"\b{config['roll']}\b", "ROLL", init)
         settings = frozenset((name, str(value)) for name, value in config.items())
         for benchmark in test:
             for n, (name, row) in enumerate(figures_of(test[benchmark]).items()):
@@ -152,30 +155,33 @@ BASELINES = ("chance", "majority", "order-blind")
 
 
 def table_rows(groups):
-    """Lists of texts, the heads first: of one benchmark all figures, of several the main ones."""
-    values = defaultdict(set)
+    """Lists of texts, the heads first: of one benchmark all figures, of several the main ones.
+    Columns without a value are left out."""
+    seen = defaultdict(set)
     for _, benchmark, _, settings in groups:
         for name, value in settings:
-            values[benchmark, name].add(value)
-    varies = sorted({name for (_, name), seen in values.items() if len(seen) > 1})
+            seen[benchmark, name].add(value)
+    varies = sorted({name for (_, name), values in seen.items() if len(values) > 1})
     most = 12 if len({benchmark for _, benchmark, _, _ in groups}) == 1 else 1
-    heads = ["benchmark", "figure", *varies, "runs", "test", *BASELINES, "paper", "rerun"]
-    yield heads
-    yield ["---"] * len(heads)
+    heads = ["benchmark", "figure", *varies, "runs", "test", "range", *BASELINES, "paper", "rerun"]
+    rows = []
     for key in sorted(groups, key=lambda key: key[0]):      # one figure of all groups, the next
         n, benchmark, figure, settings = key
         if n == most:
             break
-        rows = list(groups[key].values())
+        runs = list(groups[key].values())
+        values = [row["accuracy"] for row in runs]
         cells = [benchmark, figure]
         cells += map(dict(settings).get, varies)
-        cells.append(str(len(rows)))
-        cells.append(mean_std([row["accuracy"] for row in rows]))
-        cells += [mean_std([rows[0].get(name)]) for name in BASELINES]
+        cells += [str(len(runs)), mean_std(values)]
+        cells.append(f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "")
+        cells += [mean_std([runs[0].get(name)]) for name in BASELINES]
         is_base = dict(settings).get("width") == str(SIZES["base"].width)
         if n == 0 and is_base and benchmark in BENCHMARKS:      # whose figures are published
             cells += [BENCHMARKS[benchmark].paper, BENCHMARKS[benchmark].rerun]
-        yield cells + [""] * (len(heads) - len(cells))
+        rows.append(cells + [""] * (len(heads) - len(cells)))
+    filled = [n for n, column in enumerate(zip(*rows)) if any(column)]
+    return [[cells[n] for n in filled] for cells in (heads, ["---"] * len(heads), *rows)]
 
 
 def mean_std(values):
