@@ -135,7 +135,7 @@ def pretrain_losses(model, batch):
 
 # The toy size has its own recipe for each task: learning rate, batch, clips seen in all.
 TOY = {"vqa": (6e-4, 16, 67_200), "choice": (6e-4, 8, 8_000), "vcr": (6e-4, 8, 8_000),
-       "retrieval": (7e-4, 32, 45_000), "pretrain": (7e-4, 32, 64_000),
+       "retrieval": (7e-4, 32, 45_000), "pretrain": (7e-4, 32, 51_200),
        "action": (6e-4, 32, 16_000)}
 TOY_MASK_SHARE = 0.5    # its captions are short: the word that order alone reveals is masked often
 

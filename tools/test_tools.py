@@ -946,8 +946,8 @@ def test_answers_are_all_directions_or_actions(toy_root):
     assert read_answers(toy_root / "which-way") == ["left", "right", "up", "down"]
     assert "benchmark" not in manifest_info(toy_root / "which-way")
     actions = read_answers(toy_root / "k400")
-    assert actions == read_answers(toy_root / "hmdb51") and len(actions) == 4 * 4
-    assert {"move the ring left", "move the cross up"} < set(actions)
+    assert actions == read_answers(toy_root / "hmdb51")
+    assert sorted(actions) == ["move down", "move left", "move right", "move up"]
 
 
 # ---- toy: creation -------------------------------------------------------------------------------

@@ -486,13 +486,11 @@ class Writer:
             yield Scene(tuple(sprites), (), pick(rng, GROUNDS)), look, corners
 
     def actions(self, count):
-        """`count` clips of each class, "move the SHAPE WAY": (class name, scene, look)."""
-        left = {}
-        for shape, way in itertools.product(SHAPES, WAYS):
-            left[f"move the {shape} {way}"] = self.scaled(count)
+        """`count` clips of each movement: (class name, scene, look)."""
+        left = {f"move {way}": self.scaled(count) for way in WAYS}
         while any(left.values()):
             scene, look = make_clip(self.seed, next(self.numbers), 1)
-            name = scene.events[0].replace("moves", f"move the {scene.actor.shape}")
+            name = action(scene.events[0])
             if left.get(name):
                 left[name] -= 1
                 yield name, scene, look
@@ -881,7 +879,7 @@ def write_cc3m(w):
 def write_hmdb51(w):
     """A folder and a list per class: 1 train, 2 test, 0 neither. Names have brackets and commas."""
     lists = defaultdict(list)
-    for use, count in ((1, 150), (2, 30), (0, 2)):
+    for use, count in ((1, 600), (2, 120), (0, 8)):
         for label, scene, look in w.actions(count):
             label = label.replace(" ", "_")
             name = f"Toy_[{next(w.ids)}]_(so,_&_on)!_{label}_f_cm_np1_ba_bad_0.avi"
@@ -893,7 +891,7 @@ def write_hmdb51(w):
 
 def write_k400(w):
     """Labels with blanks in a table, underscores in folders; file names hold start and end."""
-    for split, count in (("train", 150), ("val", 30)):
+    for split, count in (("train", 600), ("val", 120)):
         rows = ["label youtube_id time_start time_end split".split()]
         for label, scene, look in w.actions(count):
             name = f"-_toy{next(w.ids):06d}"
