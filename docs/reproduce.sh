@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every table of docs/results.md, from nothing. Needs matplotlib (pip install matplotlib).
+# Every table of docs/results.md, from nothing; it has not been run as a whole. Needs matplotlib (pip install matplotlib).
 #
-#     SEEDS="0 1 2" JOBS=2 bash docs/reproduce.sh
+#     SEEDS="0 1 2" JOBS=2 bash docs/reproduce.sh      an estimated 6 hours on 2 cores
 #
 # JOBS runs train at once, each on one core. What has finished is not run again, so the script can be
 # stopped and started. The output of a run is in runs/NAME.log.
