@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every table of docs/results.md, from nothing; it has not been run as a whole. Needs matplotlib (pip install matplotlib).
+# Every table of docs/results.md, from nothing; it has not been run as a whole. Needs matplotlib
+# (pip install matplotlib).
 #
 #     SEEDS="0 1 2" JOBS=2 bash docs/reproduce.sh      an estimated 6 hours on 2 cores
 #
