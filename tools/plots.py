@@ -117,7 +117,8 @@ def draw_curves(folders):
 def figures_of(test):
     """{metric or question type: {"accuracy", and baselines where they are known}}, in percent."""
     figures = {name: {"accuracy": value} for name, value in test["metrics"].items()}
-    over_all = "accuracy" if "accuracy" in figures else next(iter(figures))     # R@1
+    # Of all rows: accuracy, but R@1 in retrieval, which comes first there.
+    over_all = "accuracy" if "accuracy" in figures else next(iter(figures))
     for row in test["table"]:
         figures[over_all if row["type"] == "all" else row["type"]] = row
     if "Q->AR" in figures:

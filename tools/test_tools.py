@@ -847,10 +847,8 @@ def test_scene_and_reverse_are_equally_likely():
             counts[one.events[0], start] += sign
             starts[one.events[0], start] += 1
     assert max(map(abs, counts.values())) < 100              # about 3 standard deviations
-    for third in range(3):
-        share = starts["moves left", (third, 0)] / sum(
-            number for (event, _), number in starts.items() if event == "moves left")
-        assert abs(share - 1 / 3) < 0.05
+    thirds = [starts["moves left", (third, 0)] for third in range(3)]
+    assert min(thirds) > 0.8 * max(thirds)
 
 
 @cases("events", [1, 2])
@@ -899,9 +897,10 @@ def test_every_manifest_is_readable(toy_root, name):
 
 @cases("name", [n for n, b in BENCHMARKS.items() if b.task == "retrieval"])
 def test_test_clips_come_with_their_reverse(toy_root, name):
-    """All test captions differ; the last frame of a clip is the first of the next one."""
+    """All test captions differ and have a movement; the last frame of a clip is the first of the
+    next one."""
     rows = toy_rows(toy_root, name)
-    assert len({row["caption"] for row in rows}) == len(rows)
+    assert sum("moves" in text for text in {row["caption"] for row in rows}) == len(rows)
     def ends(times):
         return [0, len(times) - 1]
     for row, back_row in zip(rows[::2], rows[1::2], strict=True):
@@ -1629,7 +1628,7 @@ def test_table_groups_runs_by_what_varies(plots, capsys):
         "accuracy | none | 2 | 80.0 ± 14.1",
         "which way | spread | 2 | 9.0 ± 0.0",
         "which way | none | 2 | 9.0 ± 0.0"]
-    assert heads[5:] == ["range", "chance", "order-blind", "paper", "rerun"]  # no majority
+    assert heads[5:] == "range chance order-blind paper rerun".split()     # no majority
     assert rows[0][5:] == ["50.0 to 70.0", "25.0", "50.0", "42.5", "42.9"]
     assert capsys.readouterr().err == "c has no test figures and is left out\n"
 
@@ -1642,7 +1641,7 @@ def test_table_of_several_benchmarks_has_their_main_figures(plots):
     assert "lr" not in heads                                # it does not vary within a benchmark
     # Chance and order-blind are those of all questions; published figures are for size base.
     assert rows == ["msrvtt-qa accuracy 1 50.0 25.0 50.0 42.5 42.9".split(),
-                    ["msrvtt", "R@1", "1", "50.0", "25.0", "50.0", "", ""]]
+                    "msrvtt R@1 1 50.0 25.0 50.0".split() + ["", ""]]
 
 
 @cases("runs, message", """

@@ -19,8 +19,8 @@ A model must compare frames to answer questions about time. The toy keeps this h
   tell nothing about the direction.
 - The middle frame shows the last color as often as the first. A model that knows the time of each
   frame can find the last color in the last frame; a model without time cannot.
-- The last frame and its time tell turns and sizes; a movement needs two frames together. So test
-  clips with captions, options or classes move, except in TGIF's transitions.
+- The last frame and its time tell turns and sizes; a movement needs two frames together. So the
+  test clips of retrieval, multiple choice and actions move, but not those of TGIF's transitions.
 - Captions are true. The short ones ("it moves left") name nothing that one frame shows.
 """
 # The tools run from a checkout: the core is one folder up.
