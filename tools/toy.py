@@ -20,7 +20,7 @@ A model must compare frames to answer questions about time. The toy keeps this h
 - The middle frame shows the last color as often as the first. A model that knows the time of each
   frame can find the last color in the last frame; a model without time cannot.
 - The last frame and its time tell turns and sizes; a movement needs two frames together. So the
-  test clips of retrieval, multiple choice and actions move, but not those of TGIF's transitions.
+  test clips of retrieval, multiple choice and actions move.
 - Captions are true. The short ones ("it moves left") name nothing that one frame shows.
 """
 # The tools run from a checkout: the core is one folder up.
@@ -124,12 +124,10 @@ class Scene:
     """What a clip shows: the first sprite, the actor, has one or two events; the others stay still.
 
     An event is "moves WAY", "turns COLOR", "grows" or "shrinks".
-    With `steps`, the event takes place in so many steps with rests between.
     """
     sprites: tuple
     events: tuple
     ground: str
-    steps: int = 0
 
     @property
     def actor(self):
@@ -138,23 +136,25 @@ class Scene:
     def spans(self):
         """[(start, end)] of each event, as shares of the clip.
 
-        Two events lie around the thirds: a frame of each third shows before, between and after.
+        Two events lie around the thirds: a frame of each third shows before, between and after. A
+        movement takes the whole clip, and a turn may happen on its way.
         One turn is early or late, and its reverse late or early, so that the color of the middle
         frame does not reveal the last color.
         """
         early = (0.28, 0.38)
         late = (0.62, 0.72)
-        if len(self.events) == 2:
+        if len(self.events) == 2 and not moves(self):
             return [early, late]
-        if "turns" in say(self):
-            return [early if f"turns {self.actor.color}" < self.events[0] else late]
-        return [(0.0, 1.0)]
+        spans = []
+        for event in self.events:
+            if event.startswith("turns"):
+                spans.append(early if f"turns {self.actor.color}" < event else late)
+            else:
+                spans.append((0.0, 1.0))
+        return spans
 
     def at(self, when):
         """The sprites at `when`, 0 (first frame) to 1 (last frame)."""
-        if self.steps:
-            done, inside = divmod(when * self.steps, 1)
-            when = (done + min(1, max(0, 2 * inside - 0.5))) / self.steps
         actor = self.actor
         for event, (start, end) in zip(self.events, self.spans()):
             done = min(1.0, max(0.0, (when - start) / (end - start)))
@@ -190,10 +190,15 @@ def pick(rng, names):
 
 
 def make_scene(rng, events=None):
-    """A random scene of `events` events (None: mostly one). Its reverse is equally likely."""
+    """A random scene; its reverse is equally likely.
+
+    events: how many (None: mostly one), or a tuple of "moves", "turns" and "sizes".
+    """
     if events is None:
         events = 1 + (rng.random() < 0.15)
-    if events == 1:
+    if isinstance(events, tuple):
+        verbs = events
+    elif events == 1:
         verbs = rng.choice(["moves", "turns", "sizes"], 1, p=[0.8, 0.1, 0.1])
     elif rng.random() < 0.5:
         verbs = ["turns", "turns"]
@@ -588,52 +593,37 @@ def write_msvd(w):
 def write_tgif(w):
     """Tables with tabs and CRLF. As the owners have it, `vid_id` is the number of the question.
 
-    Action: what is done n times. Transition: what comes after the start, before the end.
-    FrameQA: one word, of type object, number, color or location.
+    Action: what is done three times. Transition: what is done before and after a turn, that is the
+    movement on whose way it happens. FrameQA: one word.
     """
-    choice = "gif_name question a1 a2 a3 a4 a5 answer vid_id key".split()
-    word = "gif_name question answer type vid_id key".split()
+    choice = "question a1 a2 a3 a4 a5 answer"
     for split, count in (("Train", 1800), ("Test", 300)):
-        tables = {"action": [choice], "transition": [choice], "frameqa": [word]}
-        for n, (scene, look) in enumerate(tgif_clips(w, count, pairs=split == "Test")):
-            name = f"tumblr_{split}{n:05d}o1_250"
-            w.add(f"gifs/{name}.gif", scene, {**look, "fps": 10, "seconds": 1.6})
-            for question, options, answer in tgif_choices(w, scene):
-                question = f"What does the {scene.actor.shape} do {question} ?"
-                table = "action" if scene.steps else "transition"
-                tables[table].append((name, question, *options, answer, f"{table}{next(w.ids)}", n))
-            for question, answer, kind in tgif_words(scene):
-                number = f"FRAMEQA{next(w.ids)}"
-                tables["frameqa"].append((name, question, answer, kind, number, n))
-        for table, rows in tables.items():
+        for table, events, fields, ask in (
+            ("action", ("moves",), choice, tgif_choices),
+            ("transition", ("moves", "turns"), choice, tgif_choices),
+            ("frameqa", None, "question answer type", tgif_words)
+        ):
+            rows = [["gif_name", *fields.split(), "vid_id", "key"]]
+            for n, (scene, look) in enumerate(w.clips(count, events, pairs=split == "Test")):
+                name = f"tumblr_{split}{table}{n:05d}o1_250"
+                w.add(f"gifs/{name}.gif", scene, {**look, "fps": 10, "seconds": 1.6})
+                for cells in ask(w, scene):
+                    rows.append((name, *cells, f"{table.upper()}{next(w.ids)}", n))
             w.save(f"{split}_{table}_question.csv", rows, "\r\n", delimiter="\t")
 
 
-def tgif_clips(w, count, pairs):
-    """`count` clips with one event in two or three steps, then `count` with two kinds of events."""
-    def wanted(scene):
-        """One event that is not a turn."""
-        return sum("turns" not in event for event in scene.events) == 1
-    for n, (scene, look) in enumerate(w.clips(count, 1, pairs, wanted)):
-        yield replace(scene, steps=2 + n // 2 % 2), look            # the same in a pair
-    yield from w.clips(count, 2, pairs, wanted)
-
-
 def tgif_choices(w, scene):
-    """(end of the question, options, answer) each."""
+    """Questions about a movement: (question, five options, index of the right one)."""
     there = [action(event) for event in scene.events]
     back = [action(event) for event in scene.reverse().events]
-    draw = partial(pick, w.rng, ACTIONS)
-    first = w.options(there[0], there + back, draw)
-    if scene.steps:
-        yield f"{scene.steps} times", *first
-    else:
-        yield "after start", *first
-        yield "before stop", *w.options(there[1], there + back, draw)
+    movement = next(name for name in there if name.startswith("move"))
+    for end in ["before turn", "after turn"] if len(there) == 2 else ["3 times"]:   # three hops
+        options, index = w.options(movement, there + back, partial(pick, w.rng, ACTIONS))
+        yield f"What does the {scene.actor.shape} do {end} ?", *options, index
 
 
-def tgif_words(scene):
-    """(question, answer, number of the answer's type) each."""
+def tgif_words(w, scene):
+    """(question, answer, number of the answer's type: object, number, color or location) each."""
     types = (SHAPES, ("one", "two"), COLORS, WAYS)
     colors = "two" if "turns" in say(scene) else "one"
     for question, answer in [("how many colors does it have?", colors), *questions(scene)]:
@@ -663,7 +653,7 @@ def write_tvqa(w):
                         "q": question,
                         **{f"a{i}": text for i, text in enumerate(options)},
                         "answer_idx": answer,
-                        "ts": f"{3 * k + 0.4:.2f}-{3 * k + 2.9:.2f}",
+                        "ts": f"{3 * k + 0.34:.2f}-{3 * k + 3:.2f}",
                         "vid_name": name
                     })
         if split == "train":
