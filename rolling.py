@@ -23,7 +23,7 @@ def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
                "none": no token moves
     Returns (forward, backward): two int64 tensors of token numbers. Token 0 is CLS and never moves;
     token 1 + r * cols + c is the patch in row r and column c. Both are empty if less than one
-    token would move. With "spread" they may differ by a token or two (14 x 14: 25 and 24).
+    token would move. With "spread" their sizes may differ (14 x 14, fraction 1/2: 50 and 48).
     Raises ValueError for an unknown layout or fraction.
     Differs: before it moves the first and the last eighth, the released op shuffles the patches of
     each frame at random, every frame differently, in evaluation too. "block" is the same slices

@@ -19,8 +19,8 @@ A model must compare frames to answer questions about time. The toy keeps this h
   tell nothing about the direction.
 - The middle frame shows the last color as often as the first. A model that knows the time of each
   frame can find the last color in the last frame; a model without time cannot.
-- The last frame and its time tell turns and sizes; a movement needs two frames together. So the
-  test clips of retrieval, multiple choice and actions move.
+- Turns and sizes can be read from the last frame; a movement needs two frames together. So the test
+  clips of retrieval, multiple choice and actions move.
 - Captions are true. The short ones ("it moves left") name nothing that one frame shows.
 """
 # The tools run from a checkout: the core is one folder up.
@@ -444,7 +444,7 @@ class Writer:
         self.jobs = []
 
     def scaled(self, count):
-        """An even number, as clips come in pairs; few clips may show no movement, so at least 4."""
+        """An even number, as clips come in pairs; at least 4, as fewer might not move."""
         return max(4, 2 * round(count * self.share / 2))
 
     def clips(self, count, events=None, pairs=False, wanted=None):
@@ -593,8 +593,8 @@ def write_msvd(w):
 def write_tgif(w):
     """Tables with tabs and CRLF. As the owners have it, `vid_id` is the number of the question.
 
-    Action: what is done three times. Transition: what is done before and after a turn, that is the
-    movement on whose way it happens. FrameQA: one word.
+    Action: what is done three times. Transition: what the shape does before or after it
+    turns to another color, the movement that goes on all the time. FrameQA: one word.
     """
     choice = "question a1 a2 a3 a4 a5 answer"
     for split, count in (("Train", 1800), ("Test", 300)):
@@ -633,7 +633,7 @@ def tgif_words(w, scene):
 
 
 def write_tvqa(w):
-    """Folders of jpgs, 3 a second from 00001. A clip has three scenes; `ts` are seconds of one.
+    """Folders of jpgs, 3 a second from 00001. A clip has three scenes; `ts` is the span of one.
 
     Clips of The Big Bang Theory have names without a prefix. One row has no times ("NaN-NaN").
     """
