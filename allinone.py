@@ -77,7 +77,7 @@ class Config:
     answers: int = 0                # A, the classes of the answer head
     embed: int = 512                # width of the contrastive space
     roll: str = "spread"            # layout of the rolled tokens: spread, block or none
-    fraction: float = 1 / 4         # share of the tokens that roll, half of it each way
+    fraction: float = 1 / 4         # share of the patches that roll, half of it each way
     roll_unimodal: bool = False     # roll also when the video is read alone: not as released
     time: bool = True               # add time embeddings to the patches
     dropout: float = 0.1            # after embeddings, attention, MLP layers; in two heads
@@ -194,8 +194,8 @@ class Output(NamedTuple):
 
 
 # Multiple choice has three heads: mc, with a hidden layer, for TGIF and TVQA; rank for the others;
-# rank2 for VCR's second question, QA->R. rank and rank2 start as row 1 of matching's weight: it
-# computes column 1, "the text is about the clip".
+# rank2 for VCR's second question, QA->R. Both ranks start as matching's output 1, the score of
+# "the text is about the clip".
 HEADS = ("matching", "mlm", "answer", "mc", "rank", "rank2", "contrast")
 
 
@@ -290,7 +290,7 @@ class AllInOne(nn.Module):
 
         frames           (B, T, 3, R, R) uint8 RGB, 1 <= T <= config.frames
         input_ids        (B, L) int64
-        attention_mask   (B, L) bool, True at real words; None: all are
+        attention_mask   (B, L) bool, False at padding; None: no padding
         Returns Output(pooled (B, D), text (B, L, D), video (B, N, D)).
         Source: paper, section 3. With layout "block" this equals the released model without its
         patch shuffle.
@@ -533,7 +533,7 @@ def read_torch_file(path):
         with open(path, "rb") as file:
             archive = io.BytesIO(file.read())
         zipped = zipfile.ZipFile(archive)
-        cause = zipped.testzip()                            # why not: the name of a damaged part
+        cause = zipped.testzip()                            # None, or the name of a damaged part
         if any(entry.compress_type for entry in zipped.infolist()):
             cause = "compressed"                            # a small file could hold gigabytes
         if cause is None:

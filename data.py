@@ -10,7 +10,7 @@ A batch is a dict:
                          choice, vcr     one for each option
                          retrieval       the caption; in training with --vtm also others' captions
                          pretrain        the text to match, the text with masks, the caption
-    attention_mask   (B, A, L) bool, True at real words
+    attention_mask   (B, A, L) bool, False at padding and in all of an absent option
     target           (B,) int64, the right answer or option, -1 if the answer list lacks it; in
                      pre-training 1 if the first text belongs to the clip
     masked, labels   (M,) int64, pre-training: the M tokens that are asked for, as positions in the
@@ -287,7 +287,7 @@ def _has_gif_picture(content):
 
 
 def _mpeg4_pictures(packet):
-    """The byte with the type of each MPEG-4 picture in a packet. An empty picture has 8 bytes."""
+    """The type byte of each MPEG-4 picture in a packet; up to 8 bytes hold no picture."""
     return b"".join(re.findall(b"(?s)\0\0\1\xb6(.)", packet)) if packet.size > 8 else b""
 
 

@@ -118,8 +118,8 @@ def class_scores(model, batch, texts):
 
 
 def embeddings(model, batch, number=0):
-    """Unit vectors of text `number` and of the clip, (B, embed) each; of several views, their mean,
-    so that a product with a text is the mean of the views' cosines."""
+    """The unit vectors of text `number` and of the clip, (B, embed) each. Several views give the
+    mean of their unit vectors: its product with a text is the mean of the views' cosines."""
     text = model.encode_text(batch["input_ids"][:, number], batch["attention_mask"][:, number])
     frames = batch["frames"]
     if frames.dim() == 5:
@@ -446,8 +446,8 @@ def format_table(table):
 
 def list_benchmarks():
     """The lines of --list."""
-    lines = ["published: rerun is the authors' later figure for their code (their EVAL.md), paper "
-             "that of a paper"]
+    lines = ["published figures: 'rerun' is the authors' later run of their code (their EVAL.md), "
+             "'paper' is of the paper or of one that cites it"]
     for name, b in BENCHMARKS.items():
         length = f"{b.steps:,} steps" if b.steps else f"{b.epochs} epochs"
         lines.append(f"{name:16s} {b.task}, by {' and '.join(b.heads)}"
@@ -577,8 +577,8 @@ def arguments():
     add("checkpoint", nargs="?", metavar="RUN", help="a run folder or a checkpoint file")
     add("--data", metavar="FOLDER", help="a prepared folder (default: that of the checkpoint)")
     add("--split", choices=("train", "val", "test"), help="default: test, else val")
-    add("--predictions", metavar="FILE", help="write a JSON line for each row: id, prediction, "
-        "truth, score (its probability; in retrieval the rank of the right clip)")
+    add("--predictions", metavar="FILE", help="write a JSON line for each row, of pre-training "
+        "none: id, prediction, truth, score (its probability; in retrieval the right clip's rank)")
     add("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
     add("--batch", type=int, default=64, help="clips at a time (default 64)")
     add("--workers", type=int, default=default_workers(),
