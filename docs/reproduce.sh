@@ -5,7 +5,7 @@
 #     JOBS=2 bash docs/reproduce.sh                 an estimated 3 hours on 2 cores
 #     SEEDS=0 JOBS=2 bash docs/reproduce.sh         one seed of the pipeline and of the ablations
 #
-# JOBS runs train at once, each on one core. What has finished is not run again, so the script can be
+# JOBS runs train at once, each on one core. What has finished is not run again: the script can be
 # stopped and started. The output of a run is in runs/NAME.log.
 set -eu
 cd "$(dirname "$0")/.."
@@ -35,8 +35,8 @@ for seed in 0 1 2 3 4; do
     done
 done | all
 
-# The pipeline of the paper: pre-train once, then fine-tune each benchmark. Tokens also roll when the
-# video is read alone (--set roll_unimodal=1), which the released code does not do.
+# The pipeline of the paper: pre-train once, then fine-tune each benchmark. Tokens also roll when
+# the video is read alone (--set roll_unimodal=1), which the released code does not do.
 for seed in $seeds; do
     for roll in spread none; do
         flags="--task pretrain --contrast --set roll_unimodal=1 --roll $roll --seed $seed"
@@ -53,13 +53,19 @@ for seed in $seeds; do
 done | all
 for roll in spread none; do                     # the others, with one seed
     flags="--init runs/pretrained-$roll-s$one --roll $roll --seed $one"
-    for name in msvd-qa tgif-frame k400 didemo activitynet lsmdc vcr cc3m; do
+    for name in msvd-qa tgif-frame k400 didemo activitynet lsmdc; do
         echo "$name-init-$roll-s$one --data data/toy/$name $flags"
     done
-    echo "msrvtt-init-$roll-roll_unimodal0-s$one --data data/toy/msrvtt --set roll_unimodal=0 $flags"
+    flags+=" --set roll_unimodal=0"
+    echo "msrvtt-init-$roll-roll_unimodal0-s$one --data data/toy/msrvtt $flags"
+done | all
+for name in vcr cc3m; do                        # pictures: nothing to roll
+    flags="--init runs/pretrained-spread-s$one --seed $one"
+    echo "$name-init-spread-s$one --data data/toy/$name $flags"
 done | all
 
-# Ablations: one change each, with half of the steps; and without pre-training.
+# Ablations: one change each, with half of the steps; five frames also with all steps; and without
+# pre-training.
 for seed in $seeds; do
     flags="--task vqa --data data/toy/which-way --steps 500 --seed $seed"
     echo "way500-spread-s$seed $flags"
@@ -70,6 +76,7 @@ for seed in $seeds; do
     for frames in 2 5; do
         echo "way500-frames$frames-s$seed $flags --frames $frames"
     done
+    echo "way1000-frames5-s$seed --task vqa --data data/toy/which-way --seed $seed --frames 5"
     echo "msrvtt-mc-toy-spread-s$seed --data data/toy/msrvtt-mc --seed $seed"
 done | all
 export SCRIPT=tools/random_order.py
@@ -80,6 +87,7 @@ done | all
 table() { echo; python tools/plots.py table "$@"; }
 table runs/which-way-toy-*[0-9]
 table runs/way500-[!r]*[0-9]
+table runs/way1000-*[0-9]
 table runs/way500-random-*[0-9]
 table runs/msrvtt-qa-toy-*[0-9]
 table runs/pretrained-*[0-9]
