@@ -91,7 +91,9 @@ table runs/way1000-*[0-9]
 table runs/way500-random-*[0-9]
 table runs/msrvtt-qa-toy-*[0-9]
 table runs/pretrained-*[0-9]
-table runs/*-init-*[0-9] runs/msrvtt-mc-toy-*[0-9]
+table runs/*-init-{spread,none}-s*[0-9]
+table runs/msrvtt-init-*[0-9]                               # retrieval: with and without rolling
+table runs/msrvtt-mc-{init,toy}-spread-*[0-9]               # with and without pre-training
 for seed in $seeds; do
     for roll in spread none; do
         python eval.py "runs/pretrained-$roll-s$seed" --data data/toy/msrvtt-mc    # zero-shot
