@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every table of docs/results.md, from nothing; its runs have not been trained in one go. Needs matplotlib
-# (pip install matplotlib).
+# Every table of docs/results.md, from nothing; its runs have not been trained in one go. Needs
+# matplotlib (pip install matplotlib).
 #
 #     JOBS=2 bash docs/reproduce.sh                 3 hours on 2 cores (sum of its runs)
 #     SEEDS=0 JOBS=2 bash docs/reproduce.sh         one seed of the pipeline and of the ablations
