@@ -2734,7 +2734,7 @@ def test_training_goes_on_without_a_few_clips(run):
     run("train.py --data data --steps 10")
     listed = re.findall(r"^\d+", Path("run/bad.txt").read_text(), re.M)
     assert sorted(listed) == ["0", "20"]
-    assert len(load_checkpoint("run/last.pt")["bad"]) == 2
+    assert sorted(load_checkpoint("run/last.pt")["bad"]) == ["0", "20"]
 
 
 def test_many_clips_that_cannot_be_read_end_training(run):

@@ -79,7 +79,7 @@ def contrastive_loss(text, video):
     vectors. As released, both terms are added, not averaged. With --accum the negatives are those
     of one micro-batch. Differs: with several processes all their pairs are negatives."""
     target = RANK * len(text) + torch.arange(len(text), device=text.device)     # its partner
-    with torch.autocast(text.device.type, enabled=False):   # bfloat16 rounds cosines / 0.05 by 0.06
+    with torch.autocast(text.device.type, enabled=False):   # scores up to 20 need float32
         text, video = text.float(), video.float()
         by_text = text @ gather_rows(video).T / TEMPERATURE
         by_video = video @ gather_rows(text).T / TEMPERATURE
@@ -516,10 +516,9 @@ class BadClips:
 
     def note(self, batch):
         for name, cause in batch["errors"].items():
-            line = f"{name}\t{cause}"           # rows of several folders may share a name
-            if line not in self.seen:
-                self.seen.add(line)
-                self.run.append("bad.txt", line)
+            if name not in self.seen:
+                self.seen.add(name)
+                self.run.append("bad.txt", f"{name}\t{cause}")
                 if len(self.seen) == 1:
                     print(printable(f"left out: row {name}: {cause}"), flush=True)
         listed = f"{self.run.path('bad.txt')} lists them; prepare the data again"

@@ -597,17 +597,18 @@ def write_tgif(w):
     turns to another color, the movement that goes on all the time. FrameQA: one word.
     """
     choice = "question a1 a2 a3 a4 a5 answer"
+    choices = partial(tgif_choices, w)
     for split, count in (("Train", 1800), ("Test", 300)):
         for table, events, fields, ask in (
-            ("action", ("moves",), choice, tgif_choices),
-            ("transition", ("moves", "turns"), choice, tgif_choices),
+            ("action", ("moves",), choice, choices),
+            ("transition", ("moves", "turns"), choice, choices),
             ("frameqa", None, "question answer type", tgif_words)
         ):
             rows = [["gif_name", *fields.split(), "vid_id", "key"]]
             for n, (scene, look) in enumerate(w.clips(count, events, pairs=split == "Test")):
                 name = f"tumblr_{split}{table}{n:05d}o1_250"
                 w.add(f"gifs/{name}.gif", scene, {**look, "fps": 10, "seconds": 1.6})
-                for cells in ask(w, scene):
+                for cells in ask(scene):
                     rows.append((name, *cells, f"{table.upper()}{next(w.ids)}", n))
             w.save(f"{split}_{table}_question.csv", rows, "\r\n", delimiter="\t")
 
@@ -617,12 +618,15 @@ def tgif_choices(w, scene):
     there = [action(event) for event in scene.events]
     back = [action(event) for event in scene.reverse().events]
     movement = next(name for name in there if name.startswith("move"))
-    for end in ["before turn", "after turn"] if len(there) == 2 else ["3 times"]:   # three hops
+    ends = ["3 times"]                              # the hops of a movement
+    if len(there) == 2:
+        ends = ["before turn", "after turn"]
+    for end in ends:
         options, index = w.options(movement, there + back, partial(pick, w.rng, ACTIONS))
         yield f"What does the {scene.actor.shape} do {end} ?", *options, index
 
 
-def tgif_words(w, scene):
+def tgif_words(scene):
     """(question, answer, number of the answer's type: object, number, color or location) each."""
     types = (SHAPES, ("one", "two"), COLORS, WAYS)
     colors = "two" if "turns" in say(scene) else "one"
