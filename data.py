@@ -964,6 +964,11 @@ def read_answers(folder):
             raise UserError(f"{folder} holds neither answers.txt nor train.jsonl; write "
                             "answers.txt with one answer a line")
         return list_train_answers(Manifest(folder, "train"))
+    return read_answer_file(path)
+
+
+def read_answer_file(path):
+    """The lines of a file, which must all differ. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig") as file:          # perhaps a byte order mark
             answers = file.read().removesuffix("\n").split("\n")

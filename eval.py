@@ -518,7 +518,7 @@ def ask(model, checkpoint, path, question, options, captions, amp):
     likely each caption is to belong to it."""
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     L = model.config.text_length
-    task = checkpoint.get("task", "choice")                 # converted weights have no task
+    task = checkpoint.get("task", "choice")                 # none if saved by hand
     recipe = BENCHMARKS.get(checkpoint["name"], BENCHMARKS[BENCHMARK_OF[task]])
     T = InputSpec(recipe, model.config, tokenizer, []).frames
     if captions:

@@ -137,8 +137,9 @@ def pretrain_losses(model, batch):
 
 # The toy size has its own recipe for each task: learning rate, batch, clips seen in all.
 TOY = {"vqa": (6e-4, 16, 67_200), "choice": (6e-4, 8, 8_000), "vcr": (6e-4, 8, 8_000),
-       "retrieval": (7e-4, 32, 45_000), "pretrain": (7e-4, 32, 51_200),
-       "action": (6e-4, 32, 16_000)}
+       "retrieval": (7e-4, 32, 45_000), "vtm": (7e-4, 32, 16_000),
+       "pretrain": (7e-4, 32, 51_200), "action": (6e-4, 32, 16_000)}
+TOY_NEGATIVES = 3       # --vtm reads a clip with its caption and with each of these
 TOY_MASK_SHARE = 0.5    # at 0.15 the word that only the order of frames reveals is seldom masked
 
 
@@ -179,9 +180,9 @@ class Data:
         train = split == "train"
         mask_share = TOY_MASK_SHARE if self.toy and train else MASK_SHARE
         for folder, benchmark in zip(self.folders, self.benchmarks):
-            negatives = benchmark.negatives if self.vtm else 0
-            spec = InputSpec(benchmark, self.config, self.tokenizer, self.answers, negatives,
-                             mask_share)
+            negatives = TOY_NEGATIVES if self.toy else benchmark.negatives
+            spec = InputSpec(benchmark, self.config, self.tokenizer, self.answers,
+                             negatives if self.vtm else 0, mask_share)
             datasets.append(VideoTextDataset(folder, split, spec, train, args.seed))
         return datasets
 
@@ -295,7 +296,7 @@ def make_recipe(args, data):
     head_lr = benchmark.head_lr
     warmup = benchmark.warmup
     if data.toy:
-        lr, usual, clips = TOY[benchmark.task]
+        lr, usual, clips = TOY["vtm" if data.vtm else benchmark.task]
         head_lr = 1
         warmup = 0
     pieces = args.accum * WORLD
@@ -575,7 +576,7 @@ def chance_losses(data, pairs):
     options = len(row.get("options", ())) or max(1, len(data.answers))
     return {data.benchmark.task: math.log(options), "mlm": math.log(data.config.vocab),
             "matching": math.log(2) * (0.5 if data.vtm else 1), "contrast": 2 * math.log(pairs),
-            "rank": math.log(1 + data.benchmark.negatives)}
+            "rank": math.log(1 + data.train.parts[0].spec.negatives)}
 
 
 def loop(args, data, recipe, model, optimizer, run, settings):

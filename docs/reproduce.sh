@@ -10,7 +10,6 @@
 set -eu
 cd "$(dirname "$0")/.."
 seeds=${SEEDS:-0 1 2}
-one=${seeds%% *}                                # the first of them
 mkdir -p runs
 
 run() {                                         # NAME FLAGS: train runs/NAME unless it is done
@@ -46,22 +45,17 @@ done | all
 for seed in $seeds; do
     for roll in spread none; do
         flags="--init runs/pretrained-$roll-s$seed --roll $roll --seed $seed"
-        for name in msrvtt-mc lsmdc-mc ego4d-mc tgif-action tgif-transition tvqa msrvtt hmdb51; do
+        for name in msrvtt-mc lsmdc-mc ego4d-mc tgif-action tgif-transition tgif-frame msvd-qa \
+                tvqa msrvtt didemo activitynet lsmdc hmdb51 k400; do
             echo "$name-init-$roll-s$seed --data data/toy/$name $flags"
         done
+        flags+=" --set roll_unimodal=0"
+        echo "msrvtt-init-$roll-roll_unimodal0-s$seed --data data/toy/msrvtt $flags"
     done
-done | all
-for roll in spread none; do                     # the others, with one seed
-    flags="--init runs/pretrained-$roll-s$one --roll $roll --seed $one"
-    for name in msvd-qa tgif-frame k400 didemo activitynet lsmdc; do
-        echo "$name-init-$roll-s$one --data data/toy/$name $flags"
+    for name in vcr cc3m; do                    # pictures: nothing to roll
+        flags="--init runs/pretrained-spread-s$seed --seed $seed"
+        echo "$name-init-spread-s$seed --data data/toy/$name $flags"
     done
-    flags+=" --set roll_unimodal=0"
-    echo "msrvtt-init-$roll-roll_unimodal0-s$one --data data/toy/msrvtt $flags"
-done | all
-for name in vcr cc3m; do                        # pictures: nothing to roll
-    flags="--init runs/pretrained-spread-s$one --seed $one"
-    echo "$name-init-spread-s$one --data data/toy/$name $flags"
 done | all
 
 # Ablations: one change each, with half of the steps; five frames also with all steps; and without

@@ -55,7 +55,7 @@ def roll_groups(rows, cols, fraction, layout):
     Returns (forward, backward): two int64 tensors, in rising order.
 
     Example: roll_groups(3, 3, 1 / 2, "block")  -> [1, 2], [8, 9]
-             roll_groups(3, 3, 1 / 2, "spread") -> [1, 5, 9], [3, 4, 8]
+             roll_groups(3, 3, 1 / 2, "spread") -> [1, 5, 9], [3, 7]
     """
     raise NotImplementedError
 

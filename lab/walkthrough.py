@@ -1,8 +1,9 @@
-"""One toy clip and one question through every tensor of the toy model, in forward order.
+"""One toy clip and one question through the main tensors of the toy model, in forward order.
 
     python lab/walkthrough.py
 
-All numbers come from the model's own functions; hooks record what its modules read and return.
+The numbers come from the model's own functions; hooks record what its modules read and return. The
+attention map alone is computed again (see tools/report.py).
 The weights are random: the shapes mean something, the attention and the answer do not yet.
 """
 # The lab runs from a checkout: the core is one folder up.

@@ -2,7 +2,7 @@
 
     python tools/plots.py curves RUN...                 losses and validation, in curves.svg
     python tools/plots.py table RUN...                  test figures, as a Markdown table
-    python tools/plots.py figures docs [RUN...]         the figures of the README
+    python tools/plots.py figures FOLDER                the figures of the README
     python tools/plots.py sheet FOLDER FILE.png         clips of a prepared folder with their texts
 
 RUN is a run folder of train.py.
@@ -156,8 +156,8 @@ BASELINES = ("chance", "majority", "order-blind")
 
 
 def table_rows(groups):
-    """Lists of texts, the heads first: of one benchmark all figures, of several the main ones.
-    Columns without a value are left out."""
+    """Lists of texts, the heads first: of one benchmark the first 12 figures, of several the main
+    ones. Columns without a value are left out."""
     seen = defaultdict(set)
     for _, benchmark, _, settings in groups:
         for name, value in settings:
@@ -352,17 +352,14 @@ def main():
         case ["table", *runs]:
             for cells in table_rows(group_runs(runs)):
                 print(printable(f"| {' | '.join(cells)} |"))
-        case ["figures", folder, *runs]:
-            os.makedirs(folder, exist_ok=True)
+        case ["figures", folder]:
             save(draw_roll(), f"{folder}/roll.svg")
             save(draw_sequence(), f"{folder}/sequence.svg")
             save_animation(f"{folder}/spread.gif")
-            if runs:
-                save(draw_curves(runs), f"{folder}/curve.svg")
         case ["sheet", folder, file]:
             save(draw_sheet(folder, args.split, args.count), file)
         case _:
-            parser.error("sheet needs a folder and a file")
+            parser.error("figures needs a folder, sheet a folder and a file")
 
 
 if __name__ == "__main__":

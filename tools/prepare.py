@@ -4,15 +4,18 @@
     python tools/prepare.py mine.jsonl                  writes data/mine
 
 The folder has train.jsonl, val.jsonl, test.jsonl, answers.txt (the closed list of answers, or the
-names of the classes), dataset.json, and missing.txt (missing or unreadable clips). Training and
+names of the classes), dataset.json, and missing.txt (missing or unreadable clips); for a file of
+your own also tokenizer.json, built from its texts or, if one lies beside it, copied. Training and
 evaluation read nothing else. An error in a file names the file and the row.
 
 Where the owners give no val, the rows of 5 % of the training clips become val: the crc32 of a
-clip's path decides. Rows without a readable clip are left out of train, and of such a val. Other
-rows of val and test stay, and evaluation counts them as wrong.
+clip's path decides. Rows without a readable clip are left out of train, and of a val that was made
+from train. Other rows of val and test stay: evaluation stops at them, or counts them as wrong with
+--allow-missing.
 
 Your own file has one row a line, in the form of the manifest (see data.py). "split" may mark a row
-as train, val or test. In a file without marks, 90 % of the clips are train, 5 % val and 5 % test.
+as train, val or test; rows without a mark are train then, and test has marked rows alone. In a file
+without marks, 90 % of the clips are train, 5 % val and 5 % test.
 """
 # The tools run from a checkout: the core is one folder up.
 import sys
@@ -896,6 +899,7 @@ def fill(folder, name, root, check, say):
         (folder / "answers.txt").write_text("\n".join(answers) + "\n", encoding="utf-8")
     if (root.path / "tokenizer.json").exists():
         shutil.copy(root.path / "tokenizer.json", folder)
+        say(f"tokenizer: copied from {root.path}")
     elif own:
         train_tokenizer(folder)
     if not check:

@@ -3,6 +3,8 @@ evaluation too, as in the released code, which shuffles them and rolls the first
 Differs: one draw for all frames; the released code draws for each frame.
 
     python tools/random_order.py --task vqa --data data/toy/which-way --out runs/random-order-s0
+
+The figures are in the run's test.json: eval.py would roll the layout that the checkpoint names.
 """
 import sys
 from pathlib import Path
@@ -17,7 +19,10 @@ from rolling import roll_tokens
 
 def roll_random(x, forward, backward):
     """roll_tokens with groups of the same sizes, drawn among the patches. x (B, T, S, D)."""
-    patches = allinone.SIZES["toy"].grid ** 2
+    toy = allinone.SIZES["toy"]
+    if x.shape[3] != toy.width:
+        raise allinone.UserError("random_order.py is for the toy size; leave out --size and --init")
+    patches = toy.grid ** 2
     first = x.shape[2] - patches                # words and CLS come before
     order = first + torch.randperm(patches)
     backward = order[len(forward):len(forward) + len(backward)]

@@ -21,9 +21,10 @@ from dataclasses import replace
 
 import torch
 
-from allinone import (UserError, check_positive, count_parameters, default_workers,
-                      load_model, pick_device, run_main, write_file)
-from data import InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of
+from allinone import (UserError, check_positive, check_workers, count_parameters,
+                      default_workers, load_model, pick_device, run_main, write_file)
+from data import (ACTION, InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of,
+                  read_answers)
 from eval import EvalSettings, default_split, evaluate_folder
 from rolling import roll_groups, roll_tokens
 from tools.toy import encode_picture
@@ -111,16 +112,16 @@ def retrieval_item(dataset, row, record, first_row, pictures):
     return {"text": captions_of(row)[0], "shown": shown}
 
 
-def answer_item(model, dataset, row, record, frames):
+def answer_item(model, dataset, row, record, frames, zero_shot):
     """A question, and for each word of the text that was read where it attends: bytes, 255 for the
-    most of a word in a block. Of several options, the text is that of the chosen one."""
+    most of a word in a block. Of several texts, it is that of the chosen option or class."""
     tokenizer = dataset.spec.tokenizer
     texts = dataset.load_texts(row, None)["texts"]
     input_ids = texts[0]
     if "options" in row:
         input_ids = texts[row["options"].index(record["prediction"])]
-    elif "label" in row and "answer" not in model.task_heads:           # zero-shot, see eval.py
-        text = f"a person is doing {record['prediction']}"
+    elif zero_shot:
+        text = ACTION.format(record["prediction"])
         input_ids = tokenizer.encode(text, model.config.text_length)
     device = model.pixel_mean.device
     ids = torch.tensor(input_ids, device=device)
@@ -139,6 +140,10 @@ def page_data(model, checkpoint, folder, split, count, settings):
     retrieval = benchmark.task == "retrieval"
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     answers = checkpoint["answers"]
+    zero_shot = False
+    if benchmark.task == "action":
+        answers = read_answers(folder)
+        zero_shot = answers != checkpoint["answers"]        # see evaluate_folder
     spec = InputSpec(replace(benchmark, views=1), model.config, tokenizer, answers)
     dataset = VideoTextDataset(folder, split, spec)
     first_row = {}
@@ -153,7 +158,7 @@ def page_data(model, checkpoint, folder, split, count, settings):
         if retrieval:
             item = retrieval_item(dataset, row, records[i], first_row, pictures)
         else:
-            item = answer_item(model, dataset, row, records[i], frames)
+            item = answer_item(model, dataset, row, records[i], frames, zero_shot)
         items.append({**records[i], **item, "frames": numbers})
     config = model.config
     return {"title": f"{name}, {split}: {checkpoint['path']}",
@@ -186,8 +191,10 @@ def main():
     add("--split", choices=("train", "val", "test"), help="default: test, else val")
     add("--rows", type=int, default=24, help="clips in the gallery (default 24)")
     add("--allow-missing", action="store_true", help="count clips that cannot be read as wrong")
+    add("--workers", type=int, default=default_workers(), help="processes that read clips")
     args = parser.parse_args()
     check_positive(args, "rows")
+    check_workers(args.workers)
     if Path(args.page).is_dir() or not Path(args.page).absolute().parent.is_dir():
         raise UserError(f"PAGE {args.page}: give a file to write, in a folder that exists")
     model, checkpoint = load_model(args.run)
@@ -196,7 +203,7 @@ def main():
         raise UserError(f"{args.run} was not trained on any data; give --data FOLDER")
     split = args.split or default_split(folders[0])
     model.to(pick_device(None))
-    settings = EvalSettings(workers=default_workers(), allow_missing=args.allow_missing)
+    settings = EvalSettings(workers=args.workers, allow_missing=args.allow_missing)
     data = page_data(model, checkpoint, folders[0], split, args.rows, settings)
     write_file(args.page, make_page(data))
     shown = f"{len(data['items'])} of {data['rows']} rows" if data["items"] else "figures alone"

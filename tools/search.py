@@ -61,8 +61,9 @@ def save_embeddings(path, known):
 
 
 def embed_folder(model, folder, clips, path):
-    """Embed the clips that `path` does not hold, and keep all embeddings there. Names the clips
-    that cannot be read. Returns {key: unit vector (embed,) float32}."""
+    """Embed the clips that `path` does not hold, and add them to it; it also keeps those of other
+    checkpoints. Names the clips that cannot be read. Returns {key: unit vector (embed,) float32}.
+    """
     saved = load_embeddings(path)
     known = {key: saved[key] for key in clips if key in saved}
     new = [key for key in clips if key not in saved]
@@ -73,15 +74,15 @@ def embed_folder(model, folder, clips, path):
             except VideoError as error:
                 print(printable(f"cannot be read: {error}"))
     finally:                                                # also after Ctrl-C
-        if known.keys() != saved.keys():
-            save_embeddings(path, known)
+        if known.keys() - saved.keys():
+            save_embeddings(path, saved | known)
     if not known:
         raise UserError(f"none of the {len(clips)} clips in {folder} can be read")
     return known
 
 
 def embed_clip(model, file):
-    """The unit vector of the frames that evaluation looks at."""
+    """The unit vector of one view: T frames from the middles of equal parts of the clip."""
     def pick(times):
         return frame_indices(len(times), model.config.frames, "eval")
 

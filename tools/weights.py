@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run from a
                                                                     # is one folder up
 from allinone import (HEADS, AllInOne, Config, UserError, check_tensors, copy_rank_from_matching,
                       printable, run_main, save_checkpoint, top_name)
-from data import Tokenizer
+from data import Tokenizer, read_answer_file
 
 # ---- names ---------------------------------------------------------------------------------------
 
@@ -83,6 +83,7 @@ UNUSED = {
     "pre_logits": CLASSIFIER,
     "classifier": CLASSIFIER,
     "cls_classifier": CLASSIFIER,
+    "nlvr2_classifier": CLASSIFIER,
     "distillation_classifier": CLASSIFIER,
 }
 # What each kind of file cannot hold. Everything else must be there.
@@ -201,7 +202,9 @@ def convert(path, answers=(), heads=None):
     if kind == "ViT":
         leave_out(state, "pooler.", "made for the image's CLS", report)
     classes = len(state.get("task_heads.answer.4.bias", ()))
-    if classes != len(answers):
+    if kind == "ViLT":
+        leave_out(state, "task_heads.answer.", CLASSIFIER, report)
+    elif classes != len(answers):
         reason = f"{classes} classes, {len(answers)} answers given"
         leave_out(state, "task_heads.answer.", reason, report)
     if kind == "ViLT":
@@ -362,13 +365,6 @@ def find_tokenizer(path):
                     "vocab.txt (for the released weights: the one of bert-base-uncased)")
 
 
-def read_answers(path):
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; it holds one answer a line") from None
-
-
 def main():
     parser = argparse.ArgumentParser(description="weights of other code into a checkpoint")
     parser.add_argument("source", metavar="IN", help=".ckpt, .pt, .pth, .bin or .safetensors")
@@ -382,7 +378,7 @@ def main():
     if Path(args.out).resolve() == Path(args.source).resolve():
         raise UserError(f"OUT {args.out} is IN itself; choose another file")
     tokenizer = args.tokenizer or find_tokenizer(args.source)
-    answers = read_answers(args.answers) if args.answers else []
+    answers = read_answer_file(args.answers) if args.answers else []
     config, task_heads, state, report = convert(args.source, answers, args.heads)
     words = Tokenizer.load(tokenizer)
     if "text_embed.weight" not in state:
@@ -399,7 +395,8 @@ def main():
     save_checkpoint(args.out, model, answers=answers, tokenizer=words.to_json(), task="pretrain",
                     source=f"{Path(args.source).name} ({report.kind})")
     line = report_line(report, config, len(start))
-    print(printable(f"{args.out}: {line}; tokenizer {tokenizer}"))
+    print(printable(f"{args.out}: {line}; tokenizer {tokenizer} ({len(words)} tokens for "
+                    f"{config.vocab} embeddings)"))
 
 
 if __name__ == "__main__":
