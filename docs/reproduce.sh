@@ -2,7 +2,7 @@
 # Every table of docs/results.md, from nothing; its runs have not been trained in one go. Needs
 # matplotlib (pip install matplotlib).
 #
-#     JOBS=2 bash docs/reproduce.sh                 3 hours on 2 cores (sum of its runs)
+#     JOBS=2 bash docs/reproduce.sh                 4 hours on 2 cores (sum of its runs)
 #     SEEDS=0 JOBS=2 bash docs/reproduce.sh         one seed of the pipeline and of the ablations
 #
 # JOBS runs train at once, each on one core. What has finished is not run again: the script can be
@@ -24,6 +24,7 @@ run() {                                         # NAME FLAGS: train runs/NAME un
 export -f run
 all() { xargs -P "${JOBS:-2}" -I{} bash -c 'run {}'; }      # the lines of standard input
 
+python -c "import matplotlib"                   # for the tables, after hours
 python tools/toy.py data/toy
 
 for seed in 0 1 2 3 4; do
@@ -70,7 +71,10 @@ for seed in $seeds; do
     for frames in 2 5; do
         echo "way500-frames$frames-s$seed $flags --frames $frames"
     done
-    echo "way1000-frames5-s$seed --task vqa --data data/toy/which-way --seed $seed --frames 5"
+    for roll in spread none; do
+        flags="--task vqa --data data/toy/which-way --seed $seed --frames 5 --roll $roll"
+        echo "way1000-frames5-$roll-s$seed $flags"
+    done
     echo "msrvtt-mc-toy-spread-s$seed --data data/toy/msrvtt-mc --seed $seed"
 done | all
 export SCRIPT=tools/random_order.py
@@ -90,6 +94,7 @@ table runs/msrvtt-init-*[0-9]                               # retrieval: with an
 table runs/msrvtt-mc-{init,toy}-spread-*[0-9]               # with and without pre-training
 for seed in $seeds; do
     for roll in spread none; do
-        python eval.py "runs/pretrained-$roll-s$seed" --data data/toy/msrvtt-mc    # zero-shot
+        echo "zero-shot, runs/pretrained-$roll-s$seed"
+        python eval.py "runs/pretrained-$roll-s$seed" --data data/toy/msrvtt-mc
     done
 done

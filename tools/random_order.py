@@ -1,6 +1,6 @@
 """An ablation for the toy size: the patches that roll are drawn anew for every block and batch, in
-evaluation too, as in the released code, which shuffles them and rolls the first and the last.
-Differs: one draw for all frames; the released code draws for each frame.
+evaluation too. It is close to the released code, which shuffles the patches of each frame and rolls
+the first and the last. Differs: one draw for all frames and clips of a batch.
 
     python tools/random_order.py --task vqa --data data/toy/which-way --out runs/random-order-s0
 

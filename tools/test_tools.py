@@ -860,9 +860,12 @@ def test_middle_frame_does_not_tell_the_last_color(events):
     assert abs(np.mean(last) - 0.5) < 0.06
 
 
+RING = toy.Sprite("ring", "red", x=0, y=0, size=0.4)
+
+
 def test_pre_training_captions_vary():
     """Every caption has the event; the short one has nothing else of the scene."""
-    scene = toy.Scene((toy.Sprite("ring", "red", 0, 0, 0.4),), ("moves left",), "navy")
+    scene = toy.Scene((RING,), ("moves left",), "navy")
     rng = np.random.default_rng(0)
     texts = {toy.describe(scene, rng) for _ in range(300)}
     assert texts == {"a red ring moves left on a navy ground", "the red ring moves left",
@@ -1009,6 +1012,7 @@ def test_existing_folders_stay_and_missing_files_are_an_error():
     assert files_below(".") == before
     for folder, file in (("msvd-qa", "train.jsonl"), ("owners/msvd", "val_qa.json")):
         os.unlink(f"{folder}/{file}")
+        write({f"{folder}/listings/a.npz": ""})             # made by data.py
         with one_line(f"lacks files: delete {folder} and"):
             small_toy("msvd-qa")
 
@@ -1020,7 +1024,13 @@ def test_toy_names_what_exists_and_what_is_wrong(command):
     with one_line("file cannot be written"):
         command(toy.main, "file")
     small_toy("vcr")
-    assert "vcr exists and stays as it is" in command(toy.main, ".", "--only", "vcr")
+    assert "owners/vcr exists and stays as it is" in command(toy.main, ".", "--only", "vcr")
+
+
+def test_three_colors_are_not_counted():
+    """The answers are "one" and "two"."""
+    scene = toy.Scene((RING,), ("turns blue", "turns green"), "navy")
+    assert "how many" not in str([*toy.tgif_words(scene)])
 
 
 def test_encoded_picture_is_read_back():
@@ -1508,7 +1518,7 @@ def test_page_is_safe_from_its_texts():
 
 @cases("head, rows", [
     ("mc", [OPTIONS, {**OPTIONS, "video": "clip0", "options": ["ring", "red"]}]),
-    ("matching", [{"label": 0}, {"label": 1}, {"label": 2}])])
+    ("matching", [{"label": 0}, {"label": 2}])])
 def test_page_reads_the_chosen_text(head, rows):
     """In whatever place the option is; of classes, which are no answers here, a sentence."""
     write({"answers.txt": "is\nred\nring"})
@@ -1688,8 +1698,6 @@ def test_sheet_names_classes_and_marks_answers(plots):
     write_clips(*QUESTIONS)
     figure = plots.draw_sheet(".", "test", 8)
     assert ["✓ red" in axes.texts[0].get_text() for axes in figure.axes] == [True, True]
-    plots.save(figure, "sheet.png")
-    assert os.path.exists("sheet.png")
 
 
 def test_plots_without_matplotlib_is_one_line():
@@ -1759,9 +1767,8 @@ def test_a_trace_gives_kernel_time_and_host_waits():
     events = [{"cat": "kernel", "dur": 300},
               {"cat": "gpu_memcpy", "dur": 100},
               {"cat": "gpu_user_annotation", "dur": 900},
-              {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "dur": 5},
-              {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "dur": 5},
-              {"name": "process_name"}]
+              {"cat": "cuda_runtime", "name": "cudaStreamSynchronize"},
+              {"cat": "cuda_runtime", "name": "cudaLaunchKernel"}]
     busy, stops = bench.read_trace(events)
     assert math.isclose(busy, 400e-6) and stops == 1
 

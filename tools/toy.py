@@ -15,13 +15,13 @@ A model must compare frames to answer questions about time. The toy keeps this h
 - Test clips with questions or captions come in pairs, a clip and its reverse. The options of a
   question about time always hold the answer of the reversed clip.
 - A shape moves once around the picture: what leaves on one side enters on the other. Both ways
-  visit the same places, and all places are equally likely at all times. One frame and its time
-  tell nothing about the direction.
+  visit the same places, and all places are equally likely at all times. While it rests, as in the
+  three frames of evaluation, one frame and its time tell nothing about the direction.
 - The middle frame shows the last color as often as the first. A model that knows the time of each
   frame can find the last color in the last frame; a model without time cannot.
 - Turns and sizes can be read from the last frame; a movement needs two frames together. So the test
   clips of retrieval, multiple choice and actions move.
-- Captions are true. The short ones ("it moves left") name nothing that one frame shows.
+- Captions are true. Of a short one ("it moves left") only the event is worth a guess.
 """
 # The tools run from a checkout: the core is one folder up.
 import sys
@@ -110,13 +110,13 @@ class Sprite:
             hops, inside = divmod(3 * done, 1)
             hops += min(0.5, max(0.0, (inside - 0.85) / 0.3))
             hops += min(0.5, inside / 0.3)
-            distance = 2 / 3 * hops
-            return replace(self, x=self.x + dx * distance, y=self.y + dy * distance)
+            way = 2 / 3 * hops
+            return replace(self, x=self.x + dx * way, y=self.y + dy * way)
         if verb == "turns":
             return replace(self, color=rest[0]) if done >= 0.5 else self
         if verb == "grows":
-            return replace(self, size=self.size * (1 + 0.7 * done))
-        return replace(self, size=self.size / GROWTH * (1 + 0.7 * (1 - done)))
+            return replace(self, size=self.size * (1 + (GROWTH - 1) * done))
+        return replace(self, size=self.size / GROWTH * (1 + (GROWTH - 1) * (1 - done)))
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ class Scene:
         late = (0.62, 0.72)
         if len(self.events) == 2 and not moves(self):
             return [early, late]
+        # Early if the two colors are in alphabetical order: in the reverse they are not.
         spans = []
         for event in self.events:
             if event.startswith("turns"):
@@ -629,9 +630,9 @@ def tgif_choices(w, scene):
 def tgif_words(scene):
     """(question, answer, number of the answer's type: object, number, color or location) each."""
     types = (SHAPES, ("one", "two"), COLORS, WAYS)
-    colors = "two" if "turns" in say(scene) else "one"
+    colors = ("one", "two", "three")[say(scene).count("turns")]     # three is of no type
     for question, answer in [("how many colors does it have?", colors), *questions(scene)]:
-        for number, answers in enumerate(types):                    # none for "it grows"
+        for number, answers in enumerate(types):                    # nor is "it grows"
             if answer in answers:
                 yield question.replace("?", " ?"), answer, number
 
@@ -740,8 +741,8 @@ def write_ego4d(w):
     def narrate(scene):
         return f"#C C sees that it {say(scene)}"
     for split, count in (("train", 1500), ("test", 240)):
-        train = []
-        test = [("question", "answers")]
+        narrations = []
+        choices = [("question", "answers")]
         clips = w.caption_clips(count, test=split == "test")
         for scenes, film, look in w.films(clips, 5, fps=30, seconds=4):
             uid = f"{next(w.ids):08x}-0000-4000-8000-000000000000"
@@ -749,14 +750,14 @@ def write_ego4d(w):
             for k, scene in enumerate(scenes):
                 frame = 120 * k + 60
                 text = narrate(scene)
-                train.append((uid, "narration_pass_1", k, 120, frame / 30, frame, text))
+                narrations.append((uid, "narration_pass_1", k, 120, frame / 30, frame, text))
                 options, _ = w.caption_options(scene, narrate, A=4)
                 answers = [(uid, frame, option) for option in options]
-                test.append(((uid, frame, text), answers))
+                choices.append(((uid, frame, text), answers))
         if split == "train":
-            w.save("ego4d_train_subset.csv", train, delimiter="\t")
+            w.save("ego4d_train_subset.csv", narrations, delimiter="\t")
         else:
-            w.save("mc_val.csv", test)
+            w.save("mc_val.csv", choices)
 
 
 def write_vcr(w):
@@ -967,7 +968,7 @@ def write_manifest(folder, benchmark, owners):
     prepare(benchmark, owners, folder, check=False, say=lambda *_: None)
     info = json.loads((folder / "dataset.json").read_text())
     if benchmark == "tvqa":
-        info["toy_clips"] = 7_500                   # four minutes: its texts are long
+        info["toy_clips"] = 6_800                   # four minutes: its texts are long
     if folder.name == WHICH_WAY:
         keep_which_way(folder)
         info = {"root": info["root"], "toy_clips": 16_000}      # a minute of training
@@ -1004,7 +1005,7 @@ def write_owners(folder, seed, share):
 def count_files(folder):
     count = 0
     for _, _, files in os.walk(folder):
-        count += sum(not name.endswith(".npy") for name in files)   # data.py adds these
+        count += sum(not name.endswith((".npy", ".npz")) for name in files)     # added by data.py
     return count
 
 
@@ -1040,6 +1041,12 @@ def check_toy(folder):
         raise UserError(f"{folder} lacks files: delete {folder} and try again")
 
 
+def folders_of(root, name):
+    """Of a benchmark: (the owners' files, the manifest, the benchmark of prepare.py)."""
+    benchmark = "msrvtt-qa" if name == WHICH_WAY else name
+    return root / "owners" / BENCHMARKS[benchmark].dataset, root / name, benchmark
+
+
 def make_toy(root, names=NAMES, seed=0, share=1):
     """Make the named benchmarks: manifests `root`/<name>, the owners' files in `root`/owners.
 
@@ -1048,11 +1055,10 @@ def make_toy(root, names=NAMES, seed=0, share=1):
     """
     root = Path(root)
     for name in names:
-        benchmark = "msrvtt-qa" if name == WHICH_WAY else name
-        owners = root / "owners" / BENCHMARKS[benchmark].dataset
+        owners, manifest, benchmark = folders_of(root, name)
         for folder, write in (
             (owners, partial(write_owners, seed=seed, share=share)),
-            (root / name, partial(write_manifest, benchmark=benchmark, owners=owners))
+            (manifest, partial(write_manifest, benchmark=benchmark, owners=owners))
         ):
             try:
                 if not folder.exists():
@@ -1073,12 +1079,13 @@ def main():
     args = parser.parse_args()
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
+    root = Path(args.root)
+    folders = dict.fromkeys(folder for name in args.only for folder in folders_of(root, name)[:2])
+    for folder in filter(Path.exists, folders):
+        print(f"{folder} exists and stays as it is: delete it to make it again")
     for name in args.only:
-        folder = Path(args.root) / name
-        if folder.exists():
-            print(f"{folder} exists and stays as it is: delete it to make it again")
-        make_toy(args.root, [name], args.seed)
-        print(f"next: python train.py --data {shlex.quote(str(folder))}")
+        make_toy(root, [name], args.seed)
+        print(f"next: python train.py --data {shlex.quote(str(root / name))}")
 
 
 if __name__ == "__main__":
