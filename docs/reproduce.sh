@@ -90,6 +90,8 @@ table runs/way500-random-*[0-9]
 table runs/msrvtt-qa-toy-*[0-9]
 table runs/pretrained-*[0-9]
 table runs/*-init-{spread,none}-s*[0-9]
+table runs/msvd-qa-init-*[0-9]                              # by type of question
+table runs/tgif-frame-init-*[0-9]
 table runs/msrvtt-init-*[0-9]                               # retrieval: with and without rolling
 table runs/msrvtt-mc-{init,toy}-spread-*[0-9]               # with and without pre-training
 for seed in $seeds; do
