@@ -472,14 +472,8 @@ def evaluate_folder(model, checkpoint, folder, split, settings):
     # it was trained on.
     trained_on = os.path.abspath(folder) in checkpoint.get("data", [])
     name, benchmark = benchmark_of(folder, checkpoint["task"] if trained_on else None)
-    answers = checkpoint["answers"]
-    heads = set(benchmark.heads)
-    zero_shot = False
-    if benchmark.task == "action":
-        classes = read_answers(folder)
-        zero_shot = classes != answers          # the answer head, if any, is for other classes
-        answers = classes
-        heads = {"rank"} if zero_shot else heads
+    answers, zero_shot = answers_for(checkpoint, folder, benchmark.task)
+    heads = {"rank"} if zero_shot else set(benchmark.heads)
     check_heads(model, checkpoint, folder, heads)
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     spec = InputSpec(benchmark, model.config, tokenizer, answers)
@@ -494,6 +488,14 @@ def evaluate_folder(model, checkpoint, folder, split, settings):
         table = baselines(records, folder, benchmark.task, answers)
         print0("\n".join(format_table(table)))
     return metrics, table, records
+
+
+def answers_for(checkpoint, folder, task):
+    """(the answers to choose from, zero_shot: whether no answer head is for them)."""
+    if task != "action":
+        return checkpoint["answers"], False
+    classes = read_answers(folder)
+    return classes, classes != checkpoint["answers"]
 
 
 def default_split(folder):

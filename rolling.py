@@ -27,10 +27,9 @@ def roll_groups(rows, cols, fraction=1 / 4, layout="spread"):
     Raises ValueError for an unknown layout or fraction.
     Differs: before it moves the first and the last eighth, the released op shuffles the patches of
     each frame at random, every frame differently, in evaluation too. "block" is the same slices
-    without the shuffle;
-    "spread" covers the picture as evenly as the shuffle does, and is deterministic. With fewer than
-    8 tokens an eighth is 0 tokens, and x[-0:] is all of x: the released op then moves everything,
-    CLS included.
+    without the shuffle. "spread" covers the picture as evenly as the shuffle does, and is
+    deterministic. With fewer than 8 tokens an eighth is 0 tokens, and x[-0:] is all of x: the
+    released op then moves everything, CLS included.
     """
     if layout not in ("spread", "block", "none"):
         raise ValueError(f"layout {layout!r} is unknown; choose spread, block or none")

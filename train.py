@@ -135,11 +135,12 @@ def pretrain_losses(model, batch):
 
 # ---- data ----------------------------------------------------------------------------------------
 
-# The toy size has its own recipe for each task: learning rate, batch, clips seen in all.
+# The toy size has its own recipe for each task, and for retrieval with --vtm: learning rate, batch,
+# clips seen in all.
 TOY = {"vqa": (6e-4, 16, 67_200), "choice": (6e-4, 8, 8_000), "vcr": (6e-4, 8, 8_000),
        "retrieval": (7e-4, 32, 45_000), "vtm": (7e-4, 32, 16_000),
        "pretrain": (7e-4, 32, 51_200), "action": (6e-4, 32, 16_000)}
-TOY_NEGATIVES = 2       # --vtm reads a clip with its caption and with each of these
+TOY_NEGATIVES = 2       # drawn captions with --vtm; the released recipes have 10 or 15
 TOY_MASK_SHARE = 0.5    # at 0.15 the word that only the order of frames reveals is seldom masked
 
 

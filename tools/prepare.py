@@ -4,13 +4,14 @@
     python tools/prepare.py mine.jsonl                  writes data/mine
 
 The folder has train.jsonl, val.jsonl, test.jsonl, answers.txt (the closed list of answers, or the
-names of the classes), dataset.json, and missing.txt (missing or unreadable clips); for a file of
-your own also tokenizer.json, built from its texts or, if one lies beside it, copied. Training and
-evaluation read nothing else. An error in a file names the file and the row.
+names of the classes), dataset.json, and missing.txt (missing or unreadable clips). For a file of
+your own it also has tokenizer.json: a copy of the one in the folder of that file, or else a new one
+of its words. Training and evaluation read nothing else. An error in a file names the file and the
+row.
 
 Where the owners give no val, the rows of 5 % of the training clips become val: the crc32 of a
 clip's path decides. Rows without a readable clip are left out of train, and of a val that was made
-from train. Other rows of val and test stay: evaluation stops at them, or counts them as wrong with
+from train. Other rows of val and test stay; eval.py refuses them, or counts them as wrong with
 --allow-missing.
 
 Your own file has one row a line, in the form of the manifest (see data.py). "split" may mark a row
@@ -945,7 +946,7 @@ def prepare(name, root, out, allow_missing=False, check=True, say=print):
             out.mkdir(exist_ok=True)
             shutil.copy(part / "missing.txt", out)
             raise UserError(f"{', '.join(failed)} are missing or unreadable, as {out}/missing.txt "
-                            "lists; --allow-missing goes on without them")
+                            "lists; --allow-missing goes on anyway")
         if not (part / "train.jsonl").exists():
             raise UserError(f"{name}: no training row has a clip")
         (out / "missing.txt").unlink(missing_ok=True)

@@ -23,9 +23,8 @@ import torch
 
 from allinone import (UserError, check_positive, check_workers, count_parameters,
                       default_workers, load_model, pick_device, run_main, write_file)
-from data import (ACTION, InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of,
-                  read_answers)
-from eval import EvalSettings, default_split, evaluate_folder
+from data import ACTION, InputSpec, Tokenizer, VideoTextDataset, benchmark_of, captions_of
+from eval import EvalSettings, answers_for, default_split, evaluate_folder
 from rolling import roll_groups, roll_tokens
 from tools.toy import encode_picture
 
@@ -139,11 +138,7 @@ def page_data(model, checkpoint, folder, split, count, settings):
     name, benchmark = benchmark_of(folder)
     retrieval = benchmark.task == "retrieval"
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
-    answers = checkpoint["answers"]
-    zero_shot = False
-    if benchmark.task == "action":
-        answers = read_answers(folder)
-        zero_shot = answers != checkpoint["answers"]        # see evaluate_folder
+    answers, zero_shot = answers_for(checkpoint, folder, benchmark.task)
     spec = InputSpec(replace(benchmark, views=1), model.config, tokenizer, answers)
     dataset = VideoTextDataset(folder, split, spec)
     first_row = {}

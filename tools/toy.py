@@ -630,9 +630,9 @@ def tgif_choices(w, scene):
 def tgif_words(scene):
     """(question, answer, number of the answer's type: object, number, color or location) each."""
     types = (SHAPES, ("one", "two"), COLORS, WAYS)
-    colors = ("one", "two", "three")[say(scene).count("turns")]     # three is of no type
+    colors = ("one", "two", "three")[say(scene).count("turns")]
     for question, answer in [("how many colors does it have?", colors), *questions(scene)]:
-        for number, answers in enumerate(types):                    # nor is "it grows"
+        for number, answers in enumerate(types):        # "three" and "it grows" are of no type
             if answer in answers:
                 yield question.replace("?", " ?"), answer, number
 
@@ -667,7 +667,7 @@ def write_tvqa(w):
 
 
 def tvqa_questions(w, scene):
-    """(question, options, answer) each: what happens, and a third of the questions for a color."""
+    """(question, options, answer) each: what happens, and of the questions for a color a third."""
     events = w.caption_options(scene, lambda scene: f"it {say(scene)}")
     yield f"what does the {scene.actor.shape} do?", *events
     colors = [scene.at(when)[0].color for when in (0, 1)]
